@@ -1,0 +1,1 @@
+"""Trainer events in, Lens calls out: one module a framework."""

@@ -1,0 +1,1 @@
+"""What takes tensors out of a live model and its optimiser."""

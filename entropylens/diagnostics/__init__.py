@@ -1,0 +1,1 @@
+"""One file a quantity: pure tensor functions and the registered class under them."""

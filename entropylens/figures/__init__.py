@@ -1,0 +1,1 @@
+"""Tables in, Plotly figures out: shared by the report and the dashboard. Knows no torch."""
