@@ -1,0 +1,47 @@
+# Every target makes and uses .venv/; nothing has to be installed before but Python 3.11 with venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench soak docs dictionary format clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(READY) ## Train a small model with a learning-rate spike, watch it, write runs/demo/report.html
+	$(BIN)/entropylens demo
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY) ## Everything CI runs: format, lint, types, import contracts, tests, docs, wheel
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --doctest-modules tests entropylens callbacks dashboard
+	$(MAKE) docs
+	rm -rf dist && $(BIN)/python -m build --no-isolation . > /dev/null
+	$(BIN)/check-wheel-contents dist/*.whl
+
+docs: $(READY) ## Build the documentation, warnings as errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(READY) ## Run every benchmark at its full size
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+soak: $(READY) ## The long proofs
+	$(BIN)/python -m pytest -m soak tests
+
+dictionary: $(READY) ## Regenerate the metric dictionary from the registered diagnostics
+	$(BIN)/python -c "from entropylens.registry import write_dictionary; write_dictionary()"
+
+format: $(READY) ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,119 @@
+"""What entropylens may cost, what it does cost, and what gives way when that is too much."""
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+__all__ = ["Budget", "Review"]
+
+SAMPLED_ROWS: Final = 256
+"""Tokens a step below which rows are not thinned; intervals are widened instead."""
+WIDEST: Final = 1024
+WARM_UP_STEPS: Final = 3
+"""Steps whose cost is not judged: allocators, lazy imports and first calls fall in them."""
+REVIEW_SECONDS: Final = 2.0
+REVIEW_STEPS: Final = 10
+CALM_REVIEWS: Final = 5
+"""Reviews in a row well below the budget before an interval is narrowed again."""
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a look at the cost found and decided."""
+
+    fraction: float
+    """Share of wall time since the last review."""
+    change: str | None
+    """What was thinned or restored, in words; None if nothing was."""
+
+
+class Budget:
+    """Keeps the share of wall time at or below ``max_overhead``.
+
+    When over, it first lowers the number of measured tokens a step towards 256, then doubles all
+    intervals. When it has been below 40 % of the budget for five reviews it halves them again.
+
+    Args:
+        max_overhead: Share of wall time allowed; None measures without ever thinning.
+        rows: Tokens measured a step at most; None is all of them.
+
+    Raises:
+        ValueError: ``max_overhead`` is not in 0..1 or ``rows`` not positive.
+    """
+
+    def __init__(self, max_overhead: float | None, rows: int | None) -> None:
+        if max_overhead is not None and not 0.0 < max_overhead <= 1.0:
+            raise ValueError(
+                f"Lens: expected max_overhead in (0, 1] or None for no limit, got {max_overhead}"
+            )
+        if rows is not None and rows < 1:
+            raise ValueError(f"Lens: expected rows >= 1 or None for all, got {rows}")
+        self.max_overhead = max_overhead
+        self.rows = rows
+        self.widening = 1
+        self._spent = 0.0
+        self._paused = 0.0
+        self._writer_cpu = 0.0
+        self._since = perf_counter()
+        self._steps = 0
+        self._warm = False
+        self._calm = 0
+
+    def spend(self, seconds: float) -> None:
+        """Count time that the training thread (or the device) spent on us."""
+        self._spent += seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leave out wall time in which no training step ran."""
+        self._paused += seconds
+
+    def end_step(self, writer_cpu: float, tokens: int) -> Review | None:
+        """Count a step and, every 2 s and 10 steps, judge the cost.
+
+        Args:
+            writer_cpu: CPU seconds of the writer thread since it started.
+            tokens: Token slots of the step, known from shapes: where rows start to be sampled.
+
+        Returns:
+            The review, if one was due.
+        """
+        self._steps += 1
+        if not self._warm:
+            if self._steps >= WARM_UP_STEPS:
+                self._warm = True
+                self._restart(writer_cpu)
+            return None
+        elapsed = perf_counter() - self._since - self._paused
+        if elapsed < REVIEW_SECONDS or self._steps < REVIEW_STEPS:
+            return None
+        fraction = (self._spent + writer_cpu - self._writer_cpu) / elapsed
+        self._restart(writer_cpu)
+        return Review(fraction, self._judge(fraction, tokens))
+
+    def _restart(self, writer_cpu: float) -> None:
+        self._since, self._writer_cpu = perf_counter(), writer_cpu
+        self._spent = self._paused = 0.0
+        self._steps = 0
+
+    def _judge(self, fraction: float, tokens: int) -> str | None:
+        if self.max_overhead is None:
+            return None
+        if fraction > self.max_overhead:
+            self._calm = 0
+            return self._thin(tokens)
+        self._calm = self._calm + 1 if fraction < 0.4 * self.max_overhead else 0
+        if self._calm >= CALM_REVIEWS and self.widening > 1:
+            self._calm = 0
+            self.widening //= 2
+            return f"intervals narrowed to {self.widening} times the preset's"
+        return None
+
+    def _thin(self, tokens: int) -> str | None:
+        rows = tokens if self.rows is None else min(self.rows, tokens)
+        if rows > SAMPLED_ROWS:
+            self.rows = max(rows // 4, SAMPLED_ROWS)
+            return f"at most {self.rows} tokens a step are measured"
+        if self.widening < WIDEST:
+            self.widening *= 2
+            return f"intervals widened to {self.widening} times the preset's"
+        return None

@@ -1,0 +1,90 @@
+"""Weighted summaries of a column of tokens, without looking at its content on the host."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["share_where", "summarise", "weighted_mean", "weighted_quantiles"]
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean of the values that carry weight.
+
+    ``sum(w v) / sum(w)`` over ``w > 0``, accumulated in float64 where the device has it. NaN when
+    nothing carries weight, and when a value that does is NaN.
+
+    Args:
+        values: ``[n]``; what stands where the weight is 0 is ignored, NaN included.
+        weight: ``[n]``, at least 0.
+
+    Returns:
+        ``[]``, float32.
+
+    Example:
+        >>> weighted_mean(torch.tensor([1.0, 4.0, float("nan")]), torch.tensor([1.0, 2.0, 0.0]))
+        tensor(3.)
+    """
+    weight = weight.to(_wide(values))
+    total = torch.where(weight > 0, values * weight, 0.0).sum()
+    return (total / weight.sum()).float()
+
+
+def weighted_quantiles(values: Tensor, weight: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Quantiles of the values that carry weight.
+
+    Linear interpolation between the points ``((cumulative weight - w/2) / total, value)``: Hazen's
+    rule, which for equal weights is ``numpy.quantile(method="hazen")``.
+
+    Args:
+        values: ``[n]``.
+        weight: ``[n]``, at least 0.
+        levels: Levels in 0..1.
+
+    Returns:
+        ``[len(levels)]``, float32; NaN when nothing carries weight or such a value is NaN.
+
+    Example:
+        >>> weighted_quantiles(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3), (0.0, 0.5, 1.0))
+        tensor([1., 2., 3.])
+    """
+    if values.numel() == 0:
+        return values.new_full((len(levels),), torch.nan, dtype=torch.float32)
+    weighted = weight > 0
+    poisoned = (weighted & values.isnan()).any()
+    # What carries no weight goes last, behind +inf too, so that ranks of the rest are theirs.
+    order = torch.where(weighted, values.float(), torch.inf).argsort(stable=True)
+    order = order[weighted[order].logical_not().to(torch.int8).argsort(stable=True)]
+    ordered, weight = values.float()[order], weight[order].to(_wide(values))
+    centre = (weight.cumsum(0) - weight / 2) / weight.sum()
+    last = (weighted.sum() - 1).clamp(min=0)
+    level = torch.tensor(levels, dtype=_wide(values)).to(values.device)
+    above = torch.minimum(torch.searchsorted(centre, level), last)
+    below = (above - 1).clamp(min=0)
+    gap = (centre[above] - centre[below]).clamp(min=1e-30)
+    fraction = ((level - centre[below]) / gap).clamp(0.0, 1.0).float()
+    low, high = ordered[below], ordered[above]
+    # low + f * (high - low) is NaN between two equal infinities.
+    mixed = torch.where(low == high, low, low + fraction * (high - low))
+    return torch.where(poisoned | (weighted.sum() == 0), torch.nan, mixed)
+
+
+def share_where(condition: Tensor, weight: Tensor) -> Tensor:
+    """Share of the weight for which ``condition`` holds; NaN when there is no weight."""
+    return weighted_mean(condition.float(), weight)
+
+
+def summarise(values: Tensor, weight: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Mean, standard deviation and quantiles of the values that carry weight.
+
+    The standard deviation is the population's, ``sqrt(mean((v - mean)^2))``.
+
+    Returns:
+        ``[2 + len(levels)]``: mean, standard deviation, then a quantile for each level.
+    """
+    mean = weighted_mean(values, weight)
+    deviation = weighted_mean((values - mean) ** 2, weight).sqrt()
+    quantiles = weighted_quantiles(values, weight, levels)
+    return torch.cat([torch.stack([mean, deviation]), quantiles])

@@ -1,0 +1,173 @@
+"""One run being measured: what is due, the way of its numbers to the log, and what that costs."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import torch
+
+from entropylens.budget import Budget
+from entropylens.capture.device import DeviceClock
+from entropylens.registry import Diagnostic, all_diagnostics
+from entropylens.schedule import Schedule
+from entropylens.store.writer import RunWriter
+from entropylens.transfer import Stamp, Transfer
+
+__all__ = ["Session"]
+
+FLUSH_SECONDS: Final = 1.0
+FLUSH_BLOCKS: Final = 512
+
+
+class Session:
+    """Measures due diagnostics, moves their rows to the writer, and keeps the budget.
+
+    Args:
+        writer: Of the run's log.
+        schedules: By diagnostic; those left out are off.
+        budget: Charged for all time spent here.
+        device: Where the model lives.
+        decode: Token id to text for the tokens table.
+    """
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        schedules: Mapping[str, Schedule],
+        budget: Budget,
+        device: torch.device,
+        decode: Callable[[int], str] | None,
+    ) -> None:
+        known = all_diagnostics()
+        self.writer = writer
+        self.budget = budget
+        self.clock = DeviceClock(device)
+        self.overhead: float | None = None
+        self._schedules = {known[name].name: schedule for name, schedule in schedules.items()}
+        self._diagnostics = {name: known[name] for name in schedules}
+        self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
+        self._due: dict[str, list[Diagnostic]] = {}
+        self._transfer = Transfer(self._deliver)
+        self._flushed = perf_counter()
+        self._decode = decode
+        self._texts: dict[int, str] = {}
+        self._steps_done = 0
+        self._closed = False
+        atexit.register(self._drain)
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory really written to."""
+        return self.writer.run_dir
+
+    def begin_step(self, number: int) -> None:
+        """Decide which diagnostics are due in step ``number``."""
+        self._due = {}
+        for name, schedule in self._schedules.items():
+            if schedule.is_due(number, self.budget.widening):
+                found = self._diagnostics[name]
+                self._due.setdefault(found.reads, []).append(found)
+
+    def wants(self, reads: str) -> bool:
+        """Whether a diagnostic that reads this is due in the step in progress."""
+        return reads in self._due
+
+    def aside(self, where: str, work: Callable[[], None], *, raises: bool = False) -> None:
+        """Run ``work`` so that neither its errors nor its time escape unseen.
+
+        Args:
+            where: Names the fault's cause.
+            work: Runs without gradients.
+            raises: Let `TypeError` and `ValueError` out while no step has ended: setup errors.
+        """
+        started = perf_counter()
+        try:
+            with torch.no_grad():
+                work()
+        except Exception as error:
+            if raises and self._steps_done == 0 and isinstance(error, TypeError | ValueError):
+                raise
+            self.writer.fault(where, error)
+        finally:
+            self.budget.spend(perf_counter() - started)
+
+    def measure(self, reads: str, reading: Any, stamp: Stamp) -> None:
+        """Measure what is due on a reading; a diagnostic that raises does not stop the others."""
+        self.clock.start()
+        for found in self._due.get(reads, []):
+            try:
+                blocks, self._states[found.name] = found.measure(reading, self._states[found.name])
+            except Exception as error:
+                self.writer.fault(f"diagnostic {found.name}", error)
+                continue
+            for block in blocks:
+                self._transfer.add(block, stamp)
+        self.clock.stop()
+
+    def add(self, block: Any, stamp: Stamp) -> None:
+        """Hand on a block that no diagnostic made."""
+        self._transfer.add(block, stamp)
+
+    def end_step(self, number: int, slots: int) -> None:
+        """Close step ``number``: review the budget and flush when it is time.
+
+        Args:
+            number: Of the step.
+            slots: Token positions of the step, known from shapes.
+        """
+        self.writer.step = number
+        self.budget.spend(self.clock.collect())
+        review = self.budget.end_step(self.writer.cpu_seconds, slots)
+        if review is not None:
+            self.overhead = review.fraction
+            if review.change is not None:
+                self.writer.event(
+                    "budget",
+                    f"overhead was {review.fraction:.1%} of wall time: {review.change}",
+                    step=number,
+                    evidence={
+                        "fraction": review.fraction,
+                        "max_overhead": self.budget.max_overhead,
+                        "rows": self.budget.rows,
+                        "widening": self.budget.widening,
+                    },
+                )
+        now = perf_counter()
+        if now - self._flushed >= FLUSH_SECONDS or len(self._transfer) >= FLUSH_BLOCKS:
+            self._flushed = now
+            self._transfer.flush()
+
+    def count_step(self) -> None:
+        """A step is over: from now on nothing is a setup error."""
+        self._steps_done += 1
+
+    def close(self, state: str, reason: str) -> bool:
+        """Write everything and seal the log.
+
+        Returns:
+            Whether this call did it; a second call does nothing.
+        """
+        if self._closed:
+            return False
+        self._closed = True
+        atexit.unregister(self._drain)
+        self._drain()
+        self.writer.close(state, reason)
+        return True
+
+    def _drain(self) -> None:
+        self.aside("transfer", lambda: self._transfer.flush(wait=True))
+
+    def _deliver(self, table: str, columns: dict[str, Any]) -> None:
+        if table == "tokens" and self._decode is not None:
+            columns["text"] = [self._text(int(token)) for token in columns["token_id"]]
+        self.writer.write(table, columns)
+
+    def _text(self, token: int) -> str | None:
+        if token not in self._texts and self._decode is not None:
+            self._texts[token] = self._decode(token)
+        return self._texts.get(token)
