@@ -66,8 +66,9 @@ def weighted_quantiles(values: Tensor, weight: Tensor, levels: tuple[float, ...]
     gap = (centre[above] - centre[below]).clamp(min=1e-30)
     fraction = ((level - centre[below]) / gap).clamp(0.0, 1.0).float()
     low, high = ordered[below], ordered[above]
-    # low + f * (high - low) is NaN between two equal infinities.
-    mixed = torch.where(low == high, low, low + fraction * (high - low))
+    # low + f * (high - low) is NaN where either is infinite, even at f = 0 and f = 1.
+    mixed = torch.where(fraction > 0, low + fraction * (high - low), low)
+    mixed = torch.where((fraction >= 1) | (low == high), high, mixed)
     return torch.where(poisoned | (weighted.sum() == 0), torch.nan, mixed)
 
 

@@ -1,7 +1,7 @@
 """How large is the gradient that the optimiser is about to use?"""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,11 +10,15 @@ from entropylens.registry import Block, Diagnostic, GradientReading, Metric, dia
 
 __all__ = ["GradientNorm", "total_norm"]
 
+_LARGE: Final = 65_536
+_BLOCK: Final = 4_096
+
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """What is the Euclidean norm of all these tensors taken as one vector?
 
-    ``sqrt(sum_k ||x_k||_2^2)``, each norm accumulated in float32.
+    ``sqrt(sum_k ||x_k||_2^2)`` in float32. On a CPU a large tensor is summed in blocks of 4,096:
+    torch's own sum runs on, and is off by 6e-5 on 10^7 float32 elements and 2e-4 on bf16 ones.
 
     Args:
         tensors: Real tensors of any shape and floating dtype on one device, at least one.
@@ -29,8 +33,17 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
         >>> total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
-    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    whole, parts = [], []
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.numel() >= _LARGE and tensor.is_contiguous():
+            even = tensor.numel() // _BLOCK * _BLOCK
+            flat = tensor.view(-1)
+            blocks = flat[:even].view(-1, _BLOCK)
+            parts.append(torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32))
+            tensor = flat[even:]
+        whole.append(tensor)
+    parts.append(torch.stack(torch._foreach_norm(whole, 2, dtype=torch.float32)))
+    return torch.linalg.vector_norm(torch.cat(parts))
 
 
 @diagnostic(

@@ -1,0 +1,105 @@
+import pytest
+
+from entropylens import budget as module
+from entropylens.budget import CALM_REVIEWS, SAMPLED_ROWS, Budget, Review
+
+
+class Clock:
+    """A clock that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(module, "perf_counter", found)
+    return found
+
+
+def review(
+    budget: Budget, clock: Clock, fraction: float, *, writer_cpu: float = 0.0, tokens: int = 10_000
+) -> Review:
+    """Run ten steps of 0.3 s of which ``fraction`` is ours; the tenth step is reviewed."""
+    for _ in range(9):
+        clock.now += 0.3
+        budget.spend(0.3 * fraction)
+        assert budget.end_step(writer_cpu, tokens) is None
+    clock.now += 0.3
+    budget.spend(0.3 * fraction)
+    found = budget.end_step(writer_cpu, tokens)
+    assert found is not None
+    return found
+
+
+def warm(budget: Budget, clock: Clock) -> Budget:
+    for _ in range(module.WARM_UP_STEPS):
+        budget.spend(50.0)
+        clock.now += 60.0
+        assert budget.end_step(0.0, 10_000) is None
+    return budget
+
+
+def test_it_measures_its_share_and_forgets_the_first_steps(clock: Clock) -> None:
+    budget = warm(Budget(0.03, 1024), clock)
+    assert review(budget, clock, 0.02).fraction == pytest.approx(0.02)
+
+
+def test_the_writers_cpu_counts(clock: Clock) -> None:
+    budget = warm(Budget(0.5, 1024), clock)
+    assert review(budget, clock, 0.01, writer_cpu=0.3).fraction == pytest.approx(0.11)
+    assert review(budget, clock, 0.01, writer_cpu=0.3).fraction == pytest.approx(0.01)
+
+
+def test_time_in_evaluation_is_nobodys(clock: Clock) -> None:
+    budget = warm(Budget(0.5, 1024), clock)
+    clock.now += 1000.0
+    budget.pause(1000.0)
+    assert review(budget, clock, 0.1).fraction == pytest.approx(0.1)
+
+
+def test_rows_give_way_before_intervals(clock: Clock) -> None:
+    budget = warm(Budget(0.03, None), clock)
+    changes = [review(budget, clock, 0.2, tokens=8192).change for _ in range(5)]
+    assert changes[0] == "at most 2048 tokens a step are measured"
+    assert changes[1] == "at most 512 tokens a step are measured"
+    assert changes[2] == f"at most {SAMPLED_ROWS} tokens a step are measured"
+    assert changes[3] == "intervals widened to 2 times the preset's"
+    assert (budget.rows, budget.widening) == (SAMPLED_ROWS, 4)
+
+
+def test_intervals_narrow_again_only_after_a_calm_while(clock: Clock) -> None:
+    budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
+    review(budget, clock, 0.2)
+    assert budget.widening == 2
+    changes = [review(budget, clock, 0.001).change for _ in range(CALM_REVIEWS)]
+    assert changes[:-1] == [None] * (CALM_REVIEWS - 1)
+    assert changes[-1] == "intervals narrowed to 1 times the preset's"
+
+
+def test_no_limit_never_thins(clock: Clock) -> None:
+    budget = warm(Budget(None, None), clock)
+    assert review(budget, clock, 0.9).change is None
+    assert (budget.rows, budget.widening) == (None, 1)
+
+
+def test_widening_ends(clock: Clock) -> None:
+    budget = warm(Budget(0.03, 1), clock)
+    for _ in range(20):
+        review(budget, clock, 0.9)
+    assert budget.widening == module.WIDEST
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, 1.5])
+def test_a_limit_that_is_no_share_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"Lens: expected max_overhead in \(0, 1\] or None"):
+        Budget(bad, None)
+
+
+def test_no_rows_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="Lens: expected rows >= 1 or None for all, got 0"):
+        Budget(0.1, 0)

@@ -1,0 +1,116 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from entropylens import transfer as module
+from entropylens.registry import Block, Lookup
+from entropylens.transfer import Stamp, Transfer
+
+NOW = Stamp(7, 12.5, "train")
+
+
+def landed(*blocks: Block) -> list[tuple[str, dict[str, Any]]]:
+    arrived: list[tuple[str, dict[str, Any]]] = []
+    transfer = Transfer(lambda table, columns: arrived.append((table, columns)))
+    for block in blocks:
+        transfer.add(block, NOW)
+    transfer.flush()
+    assert len(transfer) == 0
+    return arrived
+
+
+def test_values_arrive_in_order_with_their_stamp_and_dtype() -> None:
+    first = Block.metrics(["a/x", "a/y"], torch.tensor([1.5, torch.nan]))
+    second = Block.metrics(["b/x"], torch.tensor([2**40]))
+    (table, one), (_, two) = landed(first, second)
+    assert table == "metrics"
+    assert (one["step"], one["time"], one["phase"]) == (7, 12.5, "train")
+    assert one["name"] == ["a/x", "a/y"]
+    np.testing.assert_array_equal(one["value"], np.array([1.5, np.nan], dtype=np.float32))
+    assert two["value"].tolist() == [2**40]
+
+
+def test_a_metric_without_weight_behind_it_is_absent() -> None:
+    block = Block.metrics(["a", "b", "c"], torch.ones(3), weight=torch.tensor([1.0, 0.0, 2.0]))
+    ((_, columns),) = landed(block)
+    assert columns["name"] == ["a", "c"]
+    assert columns["weight"].tolist() == [1.0, 2.0]
+    assert landed(Block.metrics(["a"], torch.ones(1), weight=torch.tensor(0.0))) == []
+
+
+def test_a_metric_of_unknown_weight_stays() -> None:
+    ((_, columns),) = landed(Block.metrics(["a"], torch.ones(1)))
+    assert "weight" not in columns
+
+
+def test_rows_that_are_not_present_are_left_out_of_every_column() -> None:
+    block = Block(
+        "tokens",
+        {
+            "present": torch.tensor([True, False, True]),
+            "logprob": torch.tensor([1.0, 2.0, 3.0]),
+            "selection": ["p", "q", "r"],
+            "sample_id": Lookup(["s0", "s1", "s2"], torch.tensor([2, 1, 0])),
+        },
+    )
+    ((_, columns),) = landed(block)
+    assert columns["logprob"].tolist() == [1.0, 3.0]
+    assert columns["selection"] == ["p", "r"]
+    assert columns["sample_id"] == ["s2", "s0"]
+    assert "present" not in columns
+
+
+def test_what_arrives_does_not_change_when_the_tensor_does() -> None:
+    value = torch.ones(1)
+    arrived: list[Any] = []
+    transfer = Transfer(lambda table, columns: arrived.append(columns["value"]))
+    transfer.add(Block.metrics(["a"], value), NOW)
+    transfer.flush()
+    value += 5
+    assert arrived[0].tolist() == [1.0]
+
+
+def test_one_copy_a_dtype_however_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[torch.Tensor] = []
+    original = module._Flight._copy
+
+    def counted(self: Any, flat: torch.Tensor) -> torch.Tensor:
+        copies.append(flat)
+        return original(self, flat)
+
+    monkeypatch.setattr(module._Flight, "_copy", counted)
+    landed(*[Block.metrics(["a"], torch.ones(1), weight=torch.ones(())) for _ in range(50)],
+           Block("tokens", {"token_id": torch.arange(3)}))  # fmt: skip
+    assert [(c.dtype, len(c)) for c in copies] == [(torch.float32, 100), (torch.int64, 3)]
+
+
+def test_a_copy_under_way_is_delivered_by_a_later_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, played by an event that has not passed yet."""
+
+    class Event:
+        passed = False
+
+        def query(self) -> bool:
+            return self.passed
+
+        def synchronize(self) -> None:
+            self.passed = True
+
+    event = Event()
+
+    def copy(self: Any, flat: torch.Tensor) -> torch.Tensor:
+        self._events.append(event)
+        return flat
+
+    monkeypatch.setattr(module._Flight, "_copy", copy)
+    arrived: list[str] = []
+    transfer = Transfer(lambda table, columns: arrived.append(table))
+    transfer.add(Block.metrics(["a"], torch.ones(1)), NOW)
+    transfer.flush()
+    assert arrived == []
+    transfer.flush()
+    assert arrived == []
+    transfer.flush(wait=True)
+    assert arrived == ["metrics"]
