@@ -1,0 +1,259 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import entropylens as el
+from entropylens_callbacks.transformers import EntropyLensCallback, attach
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+VOCABULARY, LENGTH = 31, 12
+
+
+def config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        attention_dropout=0.1,
+        pad_token_id=0,
+    )
+
+
+def samples(count: int = 64) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, VOCABULARY, (count, LENGTH), generator=generator).tolist()
+    made = []
+    for number, row in enumerate(rows):
+        labels = [*row]
+        labels[: number % 5] = [-100] * (number % 5)
+        made.append({"input_ids": row, "labels": labels, "name": f"sample {number}"})
+    return made
+
+
+def trainer(tmp_path: Path, *, model: Any = None, callbacks: Any = (), **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    settings = {
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+        **options,
+    }
+    found = Trainer(
+        model or LlamaForCausalLM(config()),
+        args=TrainingArguments(str(tmp_path / "out"), **settings),
+        train_dataset=samples(),
+        eval_dataset=samples(8),
+        callbacks=list(callbacks),
+    )
+    found.remove_callback(PrinterCallback)
+    return found
+
+
+def series(run: el.Run, name: str, **filters: Any) -> dict[int, float]:
+    table = run.metrics(name, **filters).to_arrow()
+    return dict(zip(table["step"].to_pylist(), table["value"].to_pylist(), strict=True))
+
+
+def test_one_line_before_train_writes_what_happened(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    attach(found, preset="full", max_overhead=None)
+    found.train()
+    run = el.open_run(tmp_path / "out" / "entropylens")
+    assert run.state() == "finished"
+    assert list(series(run, "loss/mean")) == [1, 2, 3, 4, 5, 6]
+    logged = {e["step"]: e for e in found.state.log_history if "loss" in e}
+    for step, entry in logged.items():
+        ours = series(run, "loss/mean")
+        assert entry["loss"] == pytest.approx((ours[step - 1] + ours[step]) / 2, abs=1e-4)
+        assert series(run, "gradient/norm/before_clip")[step] == pytest.approx(entry["grad_norm"])
+        assert series(run, "learning_rate")[step] == pytest.approx(entry["learning_rate"])
+    assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-5)
+    assert series(run, "framework/loss").keys() == logged.keys()
+    for step, after in series(run, "gradient/norm/after_clip").items():
+        before = series(run, "gradient/norm/before_clip")[step]
+        assert after == pytest.approx(min(before, 1.0), rel=1e-3)
+    assert run.status()[0].faults == {}
+
+
+@pytest.mark.parametrize("preset", ["fast", "full"])
+def test_weights_after_fifty_steps_are_the_same_to_the_bit(tmp_path: Path, preset: str) -> None:
+    bare = trainer(tmp_path / "bare", max_steps=50)
+    bare.train()
+    watched = trainer(tmp_path / "watched", max_steps=50)
+    attach(watched, preset=preset, sample_id="name")
+    watched.train()
+    assert run_of(watched).status()[0].faults == {}
+    for name, weight in bare.model.state_dict().items():
+        assert torch.equal(weight, watched.model.state_dict()[name]), name
+    one, other = bare.optimizer.state_dict(), watched.optimizer.state_dict()
+    for key, values in one["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, other["state"][key][name])
+    assert [e.get("loss") for e in bare.state.log_history] == [
+        e.get("loss") for e in watched.state.log_history
+    ]
+
+
+def run_of(found: Trainer, name: str = "entropylens") -> el.Run:
+    return el.open_run(Path(found.args.output_dir) / name)
+
+
+def test_the_bare_callback_sees_what_the_protocol_shows(tmp_path: Path) -> None:
+    callback = EntropyLensCallback(tmp_path / "run", preset="full", max_overhead=None)
+    found = trainer(tmp_path, callbacks=[callback])
+    found.train()
+    run = el.open_run(tmp_path / "run")
+    assert list(series(run, "loss/mean")) == [1, 2, 3, 4, 5, 6]
+    assert set(series(run, "gradient/norm/before_clip")) == {2, 4, 6}
+    assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_step_with_the_trainers_loss(tmp_path: Path) -> None:
+    found = trainer(tmp_path, gradient_accumulation_steps=3, logging_steps=1, max_steps=3)
+    attach(found, preset="full", max_overhead=None)
+    found.train()
+    run = run_of(found)
+    ours = series(run, "loss/mean")
+    assert list(ours) == [1, 2, 3]
+    for entry in found.state.log_history:
+        if "loss" in entry:
+            assert entry["loss"] == pytest.approx(ours[entry["step"]], abs=1e-4)
+    assert series(run, "surprisal/token/mean") == pytest.approx(ours, rel=1e-5)
+
+
+def test_evaluation_is_written_as_such_and_never_as_training(tmp_path: Path) -> None:
+    found = trainer(tmp_path, eval_strategy="steps", eval_steps=3)
+    attach(found, preset="full", sample_id="index")
+    found.train()
+    run = run_of(found)
+    evaluated = {e["step"]: e["eval_loss"] for e in found.state.log_history if "eval_loss" in e}
+    assert series(run, "loss/mean", phases="eval") == pytest.approx(evaluated)
+    scored = sum(sum(label >= 0 for label in s["labels"][1:]) for s in samples())
+    assert max(series(run, "tokens/seen").values()) < scored
+    assert run.status()[0].faults == {}
+
+
+def test_samples_carry_the_column_or_the_index_that_was_asked_for(tmp_path: Path) -> None:
+    for column, known in (
+        ("name", {f"sample {i}" for i in range(64)}),
+        ("index", {str(i) for i in range(64)}),
+    ):
+        found = trainer(tmp_path / column)
+        attach(found, preset="full", sample_id=column)
+        found.train()
+        run = run_of(found)
+        names = run.samples().to_arrow()["sample_id"].to_pylist()
+        assert names
+        assert set(names) <= known
+        assert len(set(names)) > 8
+        assert run.status()[0].faults == {}
+
+
+def test_the_sample_that_is_named_is_the_one_that_was_measured(tmp_path: Path) -> None:
+    found = trainer(tmp_path, learning_rate=0.0, max_steps=4)
+    attach(found, preset="full", sample_id="index", max_overhead=None)
+    found.train()
+    model = found.model.eval()
+    rows = run_of(found).samples().to_arrow().to_pylist()
+    data = samples()
+    for row in rows[:6]:
+        sample = data[int(row["sample_id"])]
+        with torch.no_grad():
+            inputs = {k: torch.tensor([sample[k]]) for k in ("input_ids", "labels")}
+            expected = model(**inputs).loss.item()
+        assert row["loss"] == pytest.approx(expected, abs=0.05)
+
+
+def test_training_twice_makes_two_runs_and_resuming_goes_on_in_the_first(tmp_path: Path) -> None:
+    found = trainer(tmp_path, save_strategy="steps", save_steps=4)
+    attach(found, preset="full")
+    found.train()
+    found.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    run = run_of(found)
+    assert [attempt["start_step"] for attempt in run.attempts] == [0, 4]
+    table = run.metrics("tokens/seen").to_arrow()
+    assert table["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    assert table["value"].to_pylist() == sorted(table["value"].to_pylist())
+    found.train()
+    assert run_of(found, "entropylens-2").state() == "finished"
+
+
+def test_an_exception_seals_the_log_takes_the_hooks_out_and_goes_on_up(tmp_path: Path) -> None:
+    class Broken(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise RuntimeError("out of luck")
+
+    found = trainer(tmp_path, callbacks=[Broken()])
+    attach(found)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        found.train()
+    run = run_of(found)
+    assert run.state() == "failed"
+    assert list(series(run, "loss/mean")) == [1, 2, 3]
+    assert not found.model._forward_hooks
+
+
+def test_generation_between_steps_is_not_recorded(tmp_path: Path) -> None:
+    class Sampling(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            with torch.no_grad():
+                model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
+
+    found = trainer(tmp_path, callbacks=[Sampling()])
+    attach(found, preset="full")
+    found.train()
+    assert len(series(run_of(found), "tokens/step")) == 6
+    assert max(series(run_of(found), "tokens/step").values()) <= 4 * (LENGTH - 1)
+
+
+def test_a_classifier_is_read_as_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = config()
+    made.num_labels = 3
+    found = trainer(tmp_path, model=LlamaForSequenceClassification(made))
+    found.train_dataset = [
+        {"input_ids": s["input_ids"], "labels": i % 3} for i, s in enumerate(samples())
+    ]
+    attach(found, preset="full")
+    found.train()
+    run = run_of(found)
+    assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-4)
+    assert series(run, "tokens/step") == dict.fromkeys(range(1, 7), 4.0)
+
+
+def test_attaching_twice_or_naming_a_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"'index' or a column of the training set .* got 'id'"):
+        attach(found, sample_id="id")
+    attach(found)
+    with pytest.raises(ValueError, match="expected a trainer without an EntropyLensCallback"):
+        attach(found)
+
+
+def test_setup_errors_stop_training_before_it_starts(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    attach(found, preset="fats")
+    with pytest.raises(ValueError, match="did you mean 'fast'"):
+        found.train()

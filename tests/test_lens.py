@@ -1,0 +1,365 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor, nn
+
+import entropylens as el
+from entropylens import lens as module
+from entropylens.registry import all_diagnostics
+
+VOCABULARY = 13
+
+
+class Model(nn.Module):
+    """A language model of one layer, with its own loss, as transformers' models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(8, VOCABULARY)
+
+    loss_type = "ForCausalLM"
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(self.dropout(self.embedding(input_ids)))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def batches(steps: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield torch.randint(0, VOCABULARY, (4, 12), generator=generator)
+
+
+def train(
+    steps: int, open_lens: Callable[[nn.Module, Any], el.Lens] | None = None, **options: Any
+) -> tuple[Model, torch.optim.Optimizer]:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(2)
+    lens = open_lens(model, optimizer) if open_lens is not None else None
+    for tokens in batches(steps):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if lens is not None:
+            lens.step(gradient_norm=norm)
+    if lens is not None:
+        lens.close()
+    return model, optimizer
+
+
+def series(run: el.Run, name: str, **filters: Any) -> dict[int, float]:
+    table = run.metrics(name, **filters).to_arrow()
+    return dict(zip(table["step"].to_pylist(), table["value"].to_pylist(), strict=True))
+
+
+def table_of(run: el.Run, name: str) -> pa.Table:
+    return getattr(run, name)().to_arrow()
+
+
+def test_a_plain_loop_writes_what_happened(tmp_path: Path) -> None:
+    train(20, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run", preset="full"))
+    run = el.open_run(tmp_path / "run")
+    assert run.state() == "finished"
+    assert list(series(run, "loss/mean")) == list(range(1, 21))
+    assert series(run, "learning_rate") == dict.fromkeys(range(1, 21), 0.01)
+    assert series(run, "tokens/seen")[20] == 20 * 4 * 11
+    norms = series(run, "gradient/norm/before_clip")
+    clipped = series(run, "gradient/norm/after_clip")
+    for step in range(1, 21):
+        assert clipped[step] == pytest.approx(min(norms[step], 1.0), rel=1e-3)
+    assert set(series(run, "update/norm")) == {1, 10, 20}
+    assert table_of(run, "tokens").num_rows > 0
+    assert table_of(run, "samples").num_rows > 0
+
+
+def test_entropy_and_surprisal_equal_a_float64_reference(tmp_path: Path) -> None:
+    model = Model().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tokens = next(batches(1))
+    labels = tokens.clone()
+    labels[0, 5:] = -100
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run", preset="full") as lens:
+        model(tokens, labels=labels).loss.backward()
+        optimizer.step()
+        lens.step()
+    logp = model(tokens).logits[:, :-1].double().log_softmax(-1)
+    scored = labels[:, 1:] >= 0
+    entropy = -(logp.exp() * logp).sum(-1)[scored]
+    loss = nn.functional.cross_entropy(logp[scored], labels[:, 1:][scored])
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "entropy/token/mean")[1] == pytest.approx(entropy.mean().item(), rel=1e-6)
+    assert series(run, "surprisal/token/mean")[1] == pytest.approx(loss.item(), rel=1e-6)
+    assert series(run, "loss/mean")[1] == pytest.approx(loss.item(), rel=1e-6)
+    assert series(run, "entropy/token/count")[1] == scored.sum().item() == 37
+
+
+@pytest.mark.parametrize("preset", ["fast", "full"])
+def test_weights_after_fifty_steps_are_the_same_to_the_bit(tmp_path: Path, preset: str) -> None:
+    bare, bare_optimizer = train(50)
+    state = torch.get_rng_state()
+    watched, watched_optimizer = train(
+        50, lambda m, o: el.Lens(m, o, run_dir=tmp_path / preset, preset=preset)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, weight in bare.state_dict().items():
+        assert torch.equal(weight, watched.state_dict()[name]), name
+    for one, other in zip(
+        bare_optimizer.state.values(), watched_optimizer.state.values(), strict=True
+    ):
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_hooks_are_gone_after_the_run(tmp_path: Path) -> None:
+    model, optimizer = train(3, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run"))
+    assert not model._forward_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_micro_batches_make_one_step_and_are_weighted_by_their_tokens(tmp_path: Path) -> None:
+    uneven = [(2, 3), (4, 7)]
+    generator = torch.Generator().manual_seed(4)
+    parts = [
+        (torch.randn(*shape, VOCABULARY, generator=generator),
+         torch.randint(0, VOCABULARY, shape, generator=generator)) for shape in uneven
+    ]  # fmt: skip
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        for logits, targets in parts:
+            lens.observe(logits=logits, targets=targets, loss=logits.mean())
+        lens.step()
+    logp = torch.cat([z.flatten(0, 1) for z, _ in parts]).double().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "entropy/token/mean")[1] == pytest.approx(entropy.mean().item(), rel=1e-6)
+    assert series(run, "tokens/seen")[1] == 34
+    mean = sum(z.mean().item() for z, _ in parts) / 2
+    assert series(run, "loss/mean")[1] == pytest.approx(mean, rel=1e-5)
+
+
+def test_shares_of_a_summed_loss_are_added_up(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        lens.observe(loss=torch.tensor(0.5), loss_is_sum=True)
+        lens.observe(loss=torch.tensor(0.25), loss_is_sum=True)
+        lens.step()
+    assert series(el.open_run(tmp_path / "run"), "loss/mean") == {1: 0.75}
+
+
+def test_the_loss_that_a_trainer_scales_in_place_is_kept_as_it_was(tmp_path: Path) -> None:
+    loss = torch.tensor(3.0)
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        lens.observe(loss=loss)
+        loss /= 8
+        lens.step()
+    assert series(el.open_run(tmp_path / "run"), "loss/mean") == {1: 3.0}
+
+
+def test_samples_and_tokens_carry_the_names_the_loop_gave(tmp_path: Path) -> None:
+    logits = torch.zeros(3, 4, VOCABULARY)
+    targets = torch.zeros(3, 4, dtype=torch.long)
+    logits[1, :, 0] = -9.0
+    names = ["one", "two", "three"]
+    with el.Lens(run_dir=tmp_path / "run", decode=lambda token: f"<{token}>") as lens:
+        lens.step(1.0, logits=logits, targets=targets, sample_id=names)
+    run = el.open_run(tmp_path / "run")
+    samples = table_of(run, "samples").to_pylist()
+    assert samples[0]["selection"] == "highest_loss"
+    assert samples[0]["sample_id"] == "two"
+    tokens = table_of(run, "tokens").to_pylist()
+    assert {row["sample_id"] for row in tokens} <= set(names)
+    assert tokens[0]["sample_id"] == "two"
+    assert {row["text"] for row in tokens} == {"<0>"}
+
+
+def test_logits_shown_by_hand_replace_what_the_hook_reads(tmp_path: Path) -> None:
+    model = Model()
+    tokens = next(batches(1))
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full") as lens:
+        logits = model(tokens, labels=tokens).logits
+        lens.step(logits=logits[:2], targets=tokens[:2], shift=True)
+        model(tokens, labels=tokens)
+        lens.step(logits=logits[:1], targets=tokens[:1], shift=True)
+    counts = series(el.open_run(tmp_path / "run"), "entropy/token/count")
+    assert counts == {1: 22.0, 2: 11.0}
+
+
+def test_evaluation_and_generation_are_not_taken_for_training(tmp_path: Path) -> None:
+    model = Model()
+    tokens = next(batches(1))
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full") as lens:
+        model(tokens, labels=tokens)
+        lens.step()
+        with torch.no_grad(), lens.evaluation():
+            model(tokens, labels=tokens)
+            lens.log({"accuracy": torch.tensor(0.5), "loss": 2})
+        model(tokens, labels=tokens)
+        lens.step()
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "tokens/step") == {1: 44.0, 2: 44.0}
+    assert series(run, "user/accuracy", phases="eval") == {1: 0.5}
+    assert series(run, "user/loss", phases="eval") == {1: 2.0}
+
+
+def test_an_all_zero_mask_leaves_entropy_absent(tmp_path: Path) -> None:
+    logits, targets = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        lens.step(logits=logits, targets=targets, mask=torch.zeros(2, 3, dtype=torch.bool))
+    run = el.open_run(tmp_path / "run")
+    names = set(run.metrics().to_arrow()["name"].to_pylist())
+    assert not {name for name in names if name.startswith(("entropy/token/m", "surprisal"))}
+    assert series(run, "tokens/step") == {1: 0.0}
+    assert table_of(run, "tokens").num_rows == 0
+
+
+def test_logits_that_are_not_finite_are_written_as_such(tmp_path: Path) -> None:
+    logits = torch.zeros(1, 2, 5)
+    logits[0, 1, 3] = torch.nan
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        lens.step(float("nan"), logits=logits, targets=torch.zeros(1, 2, dtype=torch.long))
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "entropy/token/mean")[1] != series(run, "entropy/token/mean")[1]
+    assert series(run, "loss/mean")[1] != series(run, "loss/mean")[1]
+    assert sum(s.faults != {} for s in run.status()) == 0
+
+
+def test_a_wrong_argument_crashes_at_once(tmp_path: Path) -> None:
+    where = tmp_path / "run"
+    with pytest.raises(ValueError, match="did you mean 'balanced'"):
+        el.Lens(run_dir=where, preset="balancd")
+    with pytest.raises(ValueError, match="did you mean 'surprisal'"):
+        el.Lens(run_dir=where, diagnostics={"suprisal": 1})
+    with pytest.raises(ValueError, match="expected a temperature > 0, got 0"):
+        el.Lens(run_dir=where, temperature=0.0)
+    with pytest.raises(ValueError, match="did you mean 'full'"):
+        el.Lens(run_dir=where, rows="ful")
+    with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer"):
+        el.Lens(optimizer=object(), run_dir=where)
+    assert not where.exists()
+
+
+def test_shapes_crash_in_the_first_step_and_are_counted_later(tmp_path: Path) -> None:
+    logits, bad = torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long)
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        with pytest.raises(ValueError, match="expected targets of shape"):
+            lens.step(logits=logits, targets=bad)
+        with pytest.raises(ValueError, match="expected logits and targets together, got logits"):
+            lens.step(logits=logits)
+        lens.step(1.0)
+        lens.step(2.0, logits=logits, targets=bad)
+        lens.step(3.0, logits=logits, targets=bad)
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "loss/mean") == {1: 1.0, 2: 2.0, 3: 3.0}
+    (status,) = run.status()
+    assert sum(status.faults.values()) == 2
+
+
+def test_a_diagnostic_that_raises_is_counted_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(type(all_diagnostics()["surprisal"]), "measure", broken)
+    train(5, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run", preset="full"))
+    run = el.open_run(tmp_path / "run")
+    assert list(series(run, "entropy/token/mean")) == [1, 2, 3, 4, 5]
+    assert series(run, "surprisal/token/mean") == {}
+    (status,) = run.status()
+    assert list(status.faults.values()) == [5]
+    assert sum("no such luck" in message for message in caplog.messages) == 1
+
+
+def test_an_exception_in_the_loop_seals_the_log_and_goes_on_up(tmp_path: Path) -> None:
+    model = Model()
+    with pytest.raises(KeyError), el.Lens(model, run_dir=tmp_path / "run") as lens:
+        lens.step(1.0)
+        raise KeyError("lost")
+    run = el.open_run(tmp_path / "run")
+    assert run.state() == "failed"
+    assert series(run, "loss/mean") == {1: 1.0}
+    assert any("lost" in message for message in table_of(run, "events")["message"].to_pylist())
+    assert not model._forward_hooks
+
+
+def test_training_twice_into_one_directory_makes_two_runs(tmp_path: Path) -> None:
+    for _ in range(2):
+        train(3, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run"))
+    assert {run.path.name for run in el.list_runs(tmp_path)} == {"run", "run-2"}
+
+
+def test_resume_shows_each_step_once_and_counts_tokens_on(tmp_path: Path) -> None:
+    train(10, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run"))
+    train(4, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run", resume_step=6))
+    run = el.open_run(tmp_path / "run")
+    seen = series(run, "tokens/seen")
+    assert seen == {step: step * 44 for step in range(1, 11)}
+    assert run.metrics("tokens/seen").to_arrow().num_rows == 10
+    assert [attempt["start_step"] for attempt in run.attempts] == [0, 6]
+
+
+def test_the_budget_thins_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("entropylens.budget.REVIEW_SECONDS", 0.0)
+    train(
+        200,
+        lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run", preset="full", max_overhead=1e-4),
+    )
+    run = el.open_run(tmp_path / "run")
+    events = [e for e in table_of(run, "events").to_pylist() if e["kind"] == "budget"]
+    assert events
+    assert "of wall time" in events[0]["message"]
+    assert len(series(run, "entropy/token/mean")) < 100
+    fractions = series(run, "overhead/fraction")
+    assert fractions
+    assert all(0 < value < 1 for value in fractions.values())
+
+
+def test_without_a_limit_everything_is_measured_and_the_share_still_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entropylens.budget.REVIEW_SECONDS", 0.0)
+    train(
+        60, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "r", preset="full", max_overhead=None)
+    )
+    run = el.open_run(tmp_path / "r")
+    assert len(series(run, "entropy/token/mean")) == 60
+    assert series(run, "overhead/fraction")
+
+
+def test_sampled_rows_are_shared_among_the_micro_batches(tmp_path: Path) -> None:
+    logits, targets = torch.zeros(8, 100, 5), torch.zeros(8, 100, dtype=torch.long)
+    with el.Lens(run_dir=tmp_path / "run", preset="full", rows=256) as lens:
+        for _ in range(2):
+            for _ in range(4):
+                lens.observe(logits=logits, targets=targets)
+            lens.step()
+    counts = series(el.open_run(tmp_path / "run"), "entropy/token/count")
+    assert counts == {1: 4 * 256.0, 2: 256.0}
+
+
+def test_identifiers_on_an_accelerator_are_refused() -> None:
+    where = torch.zeros(3, device="meta")
+    with pytest.raises(TypeError, match=r"expected sample_id on the host .* tensor on meta"):
+        module.identifiers(where)
+
+
+def test_a_name_that_the_log_does_not_take_is_refused(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        with pytest.raises(ValueError, match="expected a metric name in lower snake case"):
+            lens.log({"My Metric": 1.0})
+        lens.step(1.0)
+        lens.log({"My Metric": 1.0})
+    assert sum(el.open_run(tmp_path / "run").status()[0].faults.values()) == 1
