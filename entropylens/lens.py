@@ -187,12 +187,11 @@ class Lens:
         Raises:
             ValueError: In the first step only: shapes do not fit. Later it is a counted fault.
         """
-        with torch.no_grad():
-            self._aside(
-                "observe",
-                lambda: self._observe(logits, targets, mask, loss, sample_id, shift, loss_is_sum),
-                raises=True,
-            )
+        self._session.aside(
+            "observe",
+            lambda: self._observe(logits, targets, mask, loss, sample_id, shift, loss_is_sum),
+            raises=True,
+        )
 
     def step(
         self,

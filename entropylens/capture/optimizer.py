@@ -32,7 +32,8 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
         TypeError: There is none.
     """
     inner = optimizer
-    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
+    # accelerate's wrapper is an Optimizer too, but one that was never initialised.
+    while hasattr(inner, "optimizer"):
         inner = inner.optimizer
     if not isinstance(inner, Optimizer):
         raise TypeError(
