@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sysconfig
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -146,21 +147,27 @@ def _corpus() -> tuple[Any, list[dict[str, Any]]]:
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(folder.glob("*.py"))[:CORPUS_FILES]
+    # Those with an underscore hold the machine's own paths.
+    files = [file for file in sorted(folder.glob("*.py")) if not file.name.startswith("_")]
+    files = files[:CORPUS_FILES]
     texts = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, show_progress=False, special_tokens=["<pad>"]
+    )
     tokenizer.train_from_iterator(texts.values(), trainer)
     samples = []
     for name, text in texts.items():
         encoded = tokenizer.encode(text)
-        for start in range(0, len(encoded.ids) - LENGTH, LENGTH):
-            window = encoded.ids[start : start + LENGTH]
-            line = text.count("\n", 0, encoded.offsets[start][0]) + 1
+        tokens, offsets = encoded.ids, encoded.offsets
+        line_ends = [at for at, character in enumerate(text) if character == "\n"]
+        for start in range(0, len(tokens) - LENGTH, LENGTH):
+            window = tokens[start : start + LENGTH]
+            line = bisect_left(line_ends, offsets[start][0]) + 1
             samples.append({"input_ids": window, "labels": window, "source": f"{name}:{line}"})
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), samples
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>"), samples
 
 
 def _progress(console: Any, steps: int) -> Any:
