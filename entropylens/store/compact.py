@@ -1,0 +1,176 @@
+"""Merging a finished run's segments into one a table and rank, and a pyramid for a first look."""
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entropylens.records import SCHEMAS
+from entropylens.store.layout import Layout, publish, sync_directory, temporary
+from entropylens.store.manifest import load_manifest
+from entropylens.store.seal import seal_abandoned
+from entropylens.store.segments import Footer, read_footer, read_segment, write_segment
+from entropylens.store.status import Claim
+
+__all__ = ["BUCKETS", "compact", "repair"]
+
+BUCKETS: Final = 1000
+"""Buckets of a series in the pyramid, at most."""
+
+_ORDER: Final = {"metrics": ["name", "module", "step"]}
+_RENAME_EXCHANGE: Final = 2
+_AT_FDCWD: Final = -100
+
+_PYRAMID: Final = """
+SELECT rank, phase, name, module, bucket, min(step) AS first_step, max(step) AS last_step,
+       count(*) AS count, count(*) FILTER (NOT isfinite(value)) AS nonfinite,
+       min(value) FILTER (isfinite(value)) AS min, max(value) FILTER (isfinite(value)) AS max,
+       arg_max(value, place) AS last
+FROM (SELECT *, place * least(total, {buckets}) // total AS bucket
+      FROM (SELECT *, row_number() OVER (series ORDER BY step, time) - 1 AS place,
+                   count(*) OVER series AS total
+            FROM rows WINDOW series AS (PARTITION BY rank, phase, name, module)))
+GROUP BY rank, phase, name, module, bucket
+ORDER BY name, module, phase, rank, bucket
+"""
+
+
+def compact(path: str | Path) -> dict[str, tuple[int, int]]:
+    """Merge the segments of a run that has ended, and write ``pyramid/metrics.parquet``.
+
+    Metrics are sorted by (name, module, step), other tables keep the order they were written in. A
+    table's folder is replaced in one exchange, so that a reader finds the old files or the new; a
+    segment that cannot be read, and a file that is not ours, stay as they are. Cursors start over.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        Segments before and after, by table.
+
+    Raises:
+        EntropyLensError: There is no run, or it is in use.
+
+    Cost: One table of one rank is held in memory.
+    """
+    layout = Layout(Path(path))
+    manifest = load_manifest(layout.root)
+    ranks = sorted({0} | {int(p.stem.rpartition("-")[2]) for p in layout.statuses()})
+    claims: list[Claim] = []
+    try:
+        for rank in ranks:
+            claims.append(Claim(layout, rank))
+        repair(layout)
+        for rank in ranks:
+            seal_abandoned(layout, manifest["run_id"], rank)
+        counts = {table: _merge(layout, table) for table in SCHEMAS}
+        _write_pyramid(layout)
+    finally:
+        for claim in claims:
+            claim.release()
+    return {table: count for table, count in counts.items() if count[0]}
+
+
+def repair(layout: Layout) -> None:
+    """End what a merge that was killed had begun: each table's folder is the old or the new."""
+    for table in SCHEMAS:
+        folder = layout.root / table
+        if not folder.exists() and _beside(folder).exists():
+            os.replace(_beside(folder), folder)
+        for left in (_beside(folder), _aside(folder)):
+            if left.exists():
+                _discard(left, folder, table)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.merge")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _readable(path: Path, table: str) -> Footer | None:
+    try:
+        read_segment(path, table)
+        return read_footer(path)
+    except (ValueError, OSError):
+        return None
+
+
+def _merge(layout: Layout, table: str) -> tuple[int, int]:
+    readable: dict[int, list[tuple[Path, Footer]]] = {}
+    for path in layout.segments(table):
+        footer = _readable(path, table)
+        if footer is not None:
+            readable.setdefault(footer.rank, []).append((path, footer))
+    before = sum(map(len, readable.values()))
+    if before == 0 or (before == len(readable) and _all_merged(readable)):
+        return before, before
+    folder = layout.root / table
+    beside = _beside(folder)
+    beside.mkdir()
+    for rank, found in readable.items():
+        rows = pa.concat_tables([read_segment(path, table) for path, _ in found])
+        if table in _ORDER:
+            rows = rows.sort_by([(column, "ascending") for column in _ORDER[table]])
+        footers = [footer for _, footer in found]
+        write_segment(
+            beside / layout.segment(table, rank, layout.next_sequence(table, rank)).name,
+            rows,
+            run_id=footers[0].run_id,
+            table=table,
+            rank=rank,
+            first_row=min(footer.first_row for footer in footers),
+            end_row=max(footer.end_row for footer in footers),
+            generation=1 + max(footer.generation for footer in footers),
+            sync=True,
+        )
+    _exchange(beside, folder)
+    _discard(beside, folder, table)
+    sync_directory(layout.root)
+    return before, len(readable)
+
+
+def _all_merged(readable: dict[int, list[tuple[Path, Footer]]]) -> bool:
+    return all(footer.generation > 0 for found in readable.values() for _, footer in found)
+
+
+def _discard(old: Path, new: Path, table: str) -> None:
+    """Remove a folder whose rows are in ``new``; what we cannot read, or is not ours, moves there."""
+    for path in old.iterdir():
+        if not path.name.startswith(".") and _readable(path, table) is None:
+            os.replace(path, new / path.name)
+    shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: in one step on Linux, in two elsewhere."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    if renameat2 is not None and (
+        renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+    ):
+        return
+    os.replace(other, _aside(other))
+    os.replace(one, other)
+    os.replace(_aside(other), one)
+
+
+def _write_pyramid(layout: Layout) -> None:
+    segments = layout.segments("metrics")
+    paths = [str(path) for path in segments if _readable(path, "metrics") is not None]
+    if not paths:
+        return
+    connection = duckdb.connect()
+    connection.read_parquet(paths).create_view("rows")
+    pyramid = connection.query(_PYRAMID.format(buckets=BUCKETS)).to_arrow_table()
+    target = layout.root / "pyramid" / "metrics.parquet"
+    target.parent.mkdir(exist_ok=True)
+    pq.write_table(pyramid, temporary(target), compression="zstd")
+    publish(target, sync=True)

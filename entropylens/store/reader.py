@@ -1,0 +1,436 @@
+"""Reading runs, finished or still being written, whole or from a cursor on."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from entropylens.errors import EntropyLensError
+from entropylens.records import SCHEMAS
+from entropylens.store.layout import Layout
+from entropylens.store.manifest import load_manifest
+from entropylens.store.segments import Footer, conform, read_footer, read_segment
+from entropylens.store.status import RankStatus, load_status
+from entropylens.store.tail import read_tail
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Cursor", "Rows", "Run", "list_runs", "open_run"]
+
+_RELISTS: Final = 20
+"""How often a read starts again because files were sealed or merged under it."""
+_WORST_FIRST: Final = ("failed", "crashed", "terminated", "stalled", "running", "finished")
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far a table was read: text that can be kept and given back."""
+
+    run_id: str
+    table: str
+    epoch: str
+    next_rows: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        """One line of JSON."""
+        return json.dumps([self.run_id, self.table, self.epoch, self.next_rows])
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what ``str(cursor)`` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        try:
+            run_id, table, epoch, next_rows = json.loads(text)
+            return cls(run_id, table, epoch, tuple((int(r), int(n)) for r, n in next_rows))
+        except (ValueError, TypeError):
+            raise ValueError(f"Cursor: expected the text of a cursor, got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one table."""
+
+    table: pa.Table
+    cursor: Cursor
+    """Give it as ``since`` to read only what came later."""
+    restarted: bool = False
+    """The cursor given was of before a resume or merge: these are all rows again."""
+    warnings: list[str] = field(default_factory=list)
+    """Files that were skipped, and why."""
+
+    def to_arrow(self) -> pa.Table:
+        """The rows as an Arrow table."""
+        return self.table
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The rows as a pandas frame."""
+        return self.table.to_pandas()
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What the files of a table held at one moment, each row once."""
+
+    segments: list[tuple[Path, Footer]]
+    tails: list[tuple[int, int, pa.Table]]
+    """Rank, ordinal of the first row, rows that no segment covers."""
+    notes: list[str]
+
+    def next_rows(self) -> dict[int, int]:
+        ends: dict[int, int] = {}
+        for _, footer in self.segments:
+            ends[footer.rank] = max(ends.get(footer.rank, 0), footer.end_row)
+        for rank, first, rows in self.tails:
+            ends[rank] = max(ends.get(rank, 0), first + rows.num_rows)
+        return ends
+
+    def generation(self) -> int:
+        return max((footer.generation for _, footer in self.segments), default=0)
+
+
+class Run:
+    """One run directory, open for reading; nothing is written and nothing is locked.
+
+    Get one from `open_run`. Each read looks at the files anew, so that a run that is being written
+    can be read again and again, whole or from a cursor on.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        EntropyLensError: There is no run, its manifest is damaged, or its format newer than ours.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self._layout = Layout(self.path)
+        self._footers: dict[tuple[Path, int, int], Footer] = {}
+        self._named: set[str] = set()
+        self.manifest: dict[str, Any] = load_manifest(self.path)
+
+    def __repr__(self) -> str:
+        """Name, place and state."""
+        return f"Run({self.name!r}, {str(self.path)!r}, {self.state()})"
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.manifest.get("name") or self.path.name)
+
+    @property
+    def run_id(self) -> str:
+        """Unique to the run, kept through resumes."""
+        return str(self.manifest["run_id"])
+
+    @property
+    def created(self) -> str:
+        """When it was first started, ISO 8601."""
+        return str(self.manifest.get("created", ""))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of the monitor, and under ``user`` those of the training."""
+        return dict(self.manifest.get("config") or {})
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """One entry each time training was started, with the step it went on after."""
+        return list(self.manifest["attempts"])
+
+    def refresh(self) -> Self:
+        """Read the manifest again: a resume adds an attempt."""
+        self.manifest = load_manifest(self.path)
+        return self
+
+    def status(self) -> list[RankStatus]:
+        """What each process last said of itself; a damaged file is left out."""
+        found = [load_status(path) for path in self._layout.statuses()]
+        return [status for status in found if status is not None]
+
+    def state(self) -> str:
+        """finished, running, stalled, terminated, crashed, failed, or unknown: the worst rank's."""
+        states = {status.seen_state() for status in self.status()}
+        return next((state for state in _WORST_FIRST if state in states), "unknown")
+
+    def metrics(
+        self,
+        names: str | Sequence[str] | None = None,
+        modules: str | Sequence[str] | None = None,
+        *,
+        phases: str | Sequence[str] | None = None,
+        steps: tuple[int | None, int | None] | None = None,
+        since: Cursor | str | None = None,
+    ) -> Rows:
+        """Rows of the metrics table.
+
+        Args:
+            names: Metric names, or patterns with ``*`` and ``?``; None is all.
+            modules: Module names or patterns; None is all, "" only values of the whole run.
+            phases: train, eval, rollout; None is all.
+            steps: First and last step, both included; None on either side is open.
+            since: A cursor that an earlier read returned: only what came later.
+
+        Returns:
+            The rows, a rank's in the order they were written or, after a merge, by name and step.
+
+        Raises:
+            ValueError: The cursor is of another run or table.
+            EntropyLensError: The run's manifest is gone or newer.
+        """
+        conditions = _matching("name", names), _matching("module", modules)
+        return self.rows("metrics", phases=phases, steps=steps, since=since, where=conditions)
+
+    def tokens(self, **filters: Any) -> Rows:
+        """Rows of the tokens table; filters as in `rows`."""
+        return self.rows("tokens", **filters)
+
+    def samples(self, **filters: Any) -> Rows:
+        """Rows of the samples table; filters as in `rows`."""
+        return self.rows("samples", **filters)
+
+    def completions(self, **filters: Any) -> Rows:
+        """Rows of the completions table; filters as in `rows`."""
+        return self.rows("completions", **filters)
+
+    def spectra(self, **filters: Any) -> Rows:
+        """Rows of the spectra table; filters as in `rows`."""
+        return self.rows("spectra", **filters)
+
+    def events(self, **filters: Any) -> Rows:
+        """Rows of the events table; filters as in `rows`."""
+        return self.rows("events", **filters)
+
+    def rows(
+        self,
+        table: str,
+        *,
+        phases: str | Sequence[str] | None = None,
+        steps: tuple[int | None, int | None] | None = None,
+        since: Cursor | str | None = None,
+        where: Sequence[pc.Expression | None] = (),
+    ) -> Rows:
+        """Rows of any table.
+
+        Args:
+            table: A table of `entropylens.records.SCHEMAS`.
+            phases: train, eval, rollout; None is all.
+            steps: First and last step, both included; None on either side is open.
+            since: A cursor that an earlier read of this table returned.
+            where: More conditions, as pyarrow expressions.
+
+        Returns:
+            The rows.
+
+        Raises:
+            ValueError: The cursor is of another run or table.
+        """
+        since = Cursor.parse(since) if isinstance(since, str) else since
+        if since is not None and (since.run_id, since.table) != (self.run_id, table):
+            raise ValueError(
+                f"Run.{table}: expected a cursor of this run's {table}, got one of "
+                f"{since.table} of run {since.run_id[:8]}"
+            )
+        condition = _all([_matching("phase", phases), *_within(steps), *where])
+        for _ in range(_RELISTS):
+            try:
+                return self._read(table, condition, since)
+            except FileNotFoundError:
+                continue
+        raise EntropyLensError(
+            f"Run.{table}: expected {self.path / table} to hold still for one read, but files "
+            f"vanished {_RELISTS} times; is somebody deleting them?"
+        )
+
+    def snapshot(self, table: str) -> tuple[list[Path], pa.Table]:
+        """Readable segments of a table, and the tail rows that none of them covers."""
+        for _ in range(_RELISTS):
+            try:
+                found = self._look(table)
+                break
+            except FileNotFoundError:
+                continue
+        else:
+            raise EntropyLensError(f"Run: files of {self.path / table} keep vanishing")
+        self._warn(found.notes)
+        tails = [conform(rows, table) for _, _, rows in found.tails]
+        empty = SCHEMAS[table].empty_table()
+        return [path for path, _ in found.segments], pa.concat_tables([empty, *tails])
+
+    # -- from files to rows ----------------------------------------------------------------------
+
+    def _read(self, table: str, condition: Any, since: Cursor | None) -> Rows:
+        epoch_of_ranks = self._attempts_of_ranks()
+        found = self._look(table)
+        notes = list(found.notes)
+        epoch = f"{found.generation()}:{epoch_of_ranks}"
+        fresh = since is None or since.epoch != epoch
+        start = {} if fresh or since is None else dict(since.next_rows)
+        parts = [SCHEMAS[table].empty_table()]
+        for path, footer in found.segments:
+            skip = max(start.get(footer.rank, 0) - footer.first_row, 0)
+            if skip and start[footer.rank] >= footer.end_row:
+                continue
+            try:
+                rows = read_segment(path, table, None if skip else condition)
+            except ValueError as error:
+                notes.append(f"skipped: {error}")
+                continue
+            parts.append(_filtered(rows.slice(skip), condition) if skip else rows)
+        for rank, first, rows in found.tails:
+            skip = min(max(start.get(rank, 0) - first, 0), rows.num_rows)
+            parts.append(_filtered(conform(rows, table).slice(skip), condition))
+        self._warn(notes)
+        ends = {**start, **found.next_rows()}
+        cursor = Cursor(self.run_id, table, epoch, tuple(sorted(ends.items())))
+        return Rows(pa.concat_tables(parts), cursor, since is not None and fresh, notes)
+
+    def _look(self, table: str) -> _Snapshot:
+        """Tails first: what is sealed while we look is then in a segment and in no tail twice."""
+        notes: list[str] = []
+        tails = []
+        for rank, path in self._layout.tails(table).items():
+            try:
+                found = read_tail(path)
+            except ValueError as error:
+                notes.append(f"skipped: {error}")
+                continue
+            if found.metadata.get("run_id") != self.run_id:
+                notes.append(f"skipped: {path} belongs to another run")
+                continue
+            if found.damage is not None:
+                notes.append(f"read in part: {path}: {found.damage}")
+            tails.append((rank, found.first_row, found.rows))
+        segments = []
+        for path in self._layout.segments(table):
+            try:
+                footer = self._footer(path)
+            except ValueError as error:
+                notes.append(f"skipped: {error}")
+                continue
+            if footer.run_id != self.run_id or footer.table != table:
+                notes.append(f"skipped: {path} belongs to another run or table")
+                continue
+            segments.append((path, footer))
+        notes += [f"skipped: {path} is no segment of a run" for path in self._strangers(table)]
+        covered = _Snapshot(segments, [], []).next_rows()
+        open_tails = []
+        for rank, first, rows in tails:
+            skip = min(max(covered.get(rank, 0) - first, 0), rows.num_rows)
+            open_tails.append((rank, first + skip, rows.slice(skip)))
+        return _Snapshot(segments, open_tails, notes)
+
+    def _footer(self, path: Path) -> Footer:
+        facts = os.stat(path)
+        key = (path, facts.st_mtime_ns, facts.st_ino)
+        if key not in self._footers:
+            self._footers[key] = read_footer(path)
+        return self._footers[key]
+
+    def _strangers(self, table: str) -> list[Path]:
+        folder = self.path / table
+        names = os.listdir(folder) if folder.is_dir() else []
+        ours = {*self._layout.segments(table), *self._layout.tails(table).values()}
+        seen = [folder / name for name in sorted(names) if not name.startswith(".")]
+        return [path for path in seen if path not in ours]
+
+    def _attempts_of_ranks(self) -> str:
+        return ",".join(f"{status.rank}.{status.attempt}" for status in self.status())
+
+    def _warn(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            if note not in self._named:
+                self._named.add(note)
+                warnings.warn(note, UserWarning, stacklevel=5)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory for reading, while it is written or long after.
+
+    Args:
+        path: The directory that holds ``run.json``.
+
+    Returns:
+        The run.
+
+    Raises:
+        EntropyLensError: There is no run, its manifest is damaged, or its format newer than ours.
+    """
+    return Run(path)
+
+
+def list_runs(folder: str | Path) -> list[Run]:
+    """All runs in a folder and the folders below it, newest first.
+
+    A run whose manifest cannot be read is named in a warning and left out.
+
+    Args:
+        folder: Where to look; may be a run itself.
+
+    Returns:
+        The runs.
+
+    Raises:
+        EntropyLensError: There is no such folder.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise EntropyLensError(f"list_runs: expected a folder, found none at {root}")
+    runs = []
+    for place, folders, files in os.walk(root):
+        if "run.json" not in files:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            continue
+        folders[:] = [] if Path(place) != root else [n for n in folders if n not in SCHEMAS]
+        try:
+            runs.append(Run(place))
+        except EntropyLensError as error:
+            warnings.warn(f"left out: {error}", UserWarning, stacklevel=2)
+    return sorted(runs, key=lambda run: (run.created, run.name), reverse=True)
+
+
+def _matching(column: str, wanted: str | Sequence[str] | None) -> pc.Expression | None:
+    if wanted is None:
+        return None
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    plain = [name for name in names if not set("*?") & set(name)]
+    found = [pc.field(column).isin(pa.array(plain, pa.string()))]
+    patterns = [_regex(name) for name in names if name not in plain]
+    if patterns:
+        found.append(pc.match_substring_regex(pc.field(column), "|".join(patterns)))
+    return found[0] if len(found) == 1 else found[0] | found[1]
+
+
+def _regex(pattern: str) -> str:
+    parts = {"*": ".*", "?": "."}
+    return "^" + "".join(parts.get(letter, re.escape(letter)) for letter in pattern) + "$"
+
+
+def _within(steps: tuple[int | None, int | None] | None) -> list[pc.Expression | None]:
+    first, last = steps or (None, None)
+    return [
+        None if first is None else pc.field("step") >= first,
+        None if last is None else pc.field("step") <= last,
+    ]
+
+
+def _all(conditions: Sequence[pc.Expression | None]) -> pc.Expression | None:
+    joined = None
+    for condition in conditions:
+        if condition is not None:
+            joined = condition if joined is None else joined & condition
+    return joined
+
+
+def _filtered(rows: pa.Table, condition: pc.Expression | None) -> pa.Table:
+    return rows if condition is None else rows.filter(condition)

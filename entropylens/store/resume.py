@@ -1,0 +1,48 @@
+"""Resuming from an earlier step: what was logged beyond it makes way."""
+
+import pyarrow.compute as pc
+
+from entropylens.records import SCHEMAS
+from entropylens.store.layout import Layout
+from entropylens.store.seal import seal_abandoned
+from entropylens.store.segments import read_footer, read_segment, write_segment
+
+__all__ = ["rewind"]
+
+
+def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
+    """Move a rank's rows after ``step`` to ``superseded/``, so that all readers see a step once.
+
+    Of each segment the copy in ``superseded/`` is complete before the segment is replaced, so that
+    a kill in between loses nothing and doing it again ends the same. A segment of which nothing
+    stays is replaced by an empty one: ordinals of rows are never used twice.
+
+    Args:
+        layout: Of the run.
+        run_id: Of the run.
+        rank: Whose rows.
+        step: The last optimiser step that stays.
+    """
+    seal_abandoned(layout, run_id, rank)
+    for table in SCHEMAS:
+        for path in layout.segments(table, rank):
+            try:
+                footer = read_footer(path)
+                rows = read_segment(path, table)
+            except ValueError:
+                continue
+            late = pc.greater(rows["step"], step)
+            gone = rows.filter(late)
+            if gone.num_rows == 0:
+                continue
+            facts = {
+                "run_id": run_id,
+                "table": table,
+                "rank": rank,
+                "first_row": footer.first_row,
+                "end_row": footer.end_row,
+                "generation": footer.generation,
+            }
+            copy = layout.superseded(table) / f"{path.stem}.after-{step}.parquet"
+            write_segment(copy, gone, **facts, sync=True)
+            write_segment(path, rows.filter(pc.invert(late)), **facts, sync=True)

@@ -1,0 +1,455 @@
+"""`RunWriter`: rows in, a crash-safe run directory out, without the training thread waiting."""
+
+import atexit
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+import pyarrow as pa
+
+from entropylens.errors import EntropyLensError
+from entropylens.records import FORMAT_VERSION, SCHEMAS
+from entropylens.store.batches import record_batch, row_count
+from entropylens.store.compact import repair
+from entropylens.store.layout import Layout
+from entropylens.store.manifest import add_attempt, load_manifest, new_manifest, save_manifest
+from entropylens.store.resume import rewind
+from entropylens.store.seal import covered_rows, seal_tail
+from entropylens.store.status import Claim, RankStatus, load_status
+from entropylens.store.tail import Tail
+
+__all__ = ["RunWriter"]
+
+log = logging.getLogger("entropylens")
+
+HEARTBEAT_SECONDS: Final = 5.0
+JOIN_SECONDS: Final = 60.0
+"""How long a rank waits for rank 0 to open the run, and closing waits for the last rows."""
+
+
+class RunWriter:
+    """Writes one process's rows of one run.
+
+    `write` puts rows in a queue and returns; a thread appends them to Arrow tails every
+    ``flush_seconds`` and seals a tail into an immutable Parquet segment every ``seal_seconds`` or
+    ``seal_rows``, on SIGTERM, on `close` and when the process exits. After ``kill -9`` what had
+    reached a tail is there.
+
+    Args:
+        run_dir: The run's directory. If it holds a run that has ended and ``resume_step`` is None,
+            ``NAME-2`` (``NAME-3``, ...) beside it is taken.
+        rank: Of this process.
+        world_size: Number of processes.
+        config: Kept in the manifest.
+        resume_step: Continue the run after this optimiser step: rows beyond it are moved to
+            ``superseded/``. Where there is no run yet, one is started.
+        name: Shown for the run; by default the directory's name.
+        flush_seconds: Longest time that a row waits before it is in a file.
+        seal_seconds: Longest time that a row stays in a tail.
+        seal_rows: Most rows of a tail.
+        queue_rows: Most rows that wait for a disk that is slow or full; more are counted as lost.
+
+    Raises:
+        EntropyLensError: The directory is a file, on an object store, not writable, in use by
+            another live process, or of a newer format.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        config: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+        name: str | None = None,
+        flush_seconds: float = 1.0,
+        seal_seconds: float = 60.0,
+        seal_rows: int = 200_000,
+        queue_rows: int = 1_000_000,
+    ) -> None:
+        self.rank = rank
+        self.step = resume_step or 0
+        self.cpu_seconds = 0.0
+        self.before_exit: Callable[[], None] | None = None
+        """Called before the last rows are written because the process is told to end."""
+        self._flush_seconds, self._seal_seconds = flush_seconds, seal_seconds
+        self._seal_rows, self._queue_rows = seal_rows, queue_rows
+        root = _checked(run_dir)
+        try:
+            self._layout, self._claim = _claim(root, rank, resume_step)
+            self._manifest = self._open(name or root.name, world_size, config, resume_step)
+        except OSError as error:
+            raise EntropyLensError(
+                f"RunWriter: expected to write into {root}, got {error}; choose another run_dir"
+            ) from None
+        self.attempt = len(self._manifest["attempts"]) - 1
+        self._status = RankStatus(self._manifest["run_id"], rank, self.attempt, step=self.step)
+        self._status.save(self._layout)
+        self._queue: deque[tuple[str, float, Mapping[str, Any], int]] = deque()
+        self._backlog: dict[str, deque[pa.RecordBatch]] = {table: deque() for table in SCHEMAS}
+        self._entered, self._left, self._lost = 0, 0, 0
+        self._faults: dict[str, int] = {}
+        self._tails: dict[str, Tail] = {}
+        self._next_row = {t: covered_rows(self._layout, t, rank) for t in SCHEMAS}
+        self._covered = dict(self._next_row)
+        self._seal_at: dict[str, float] = {}
+        self._commands: SimpleQueue[tuple[str, threading.Event]] = SimpleQueue()
+        self._end: tuple[str, str] | None = None
+        self._pid = os.getpid()
+        self._old_error = getattr(sys, "last_value", None)
+        self.event(
+            "run/resume" if self.attempt else "run/start",
+            f"attempt {self.attempt}, process {self._pid} on {self._status.host}",
+            step=self.step,
+        )
+        self._thread = threading.Thread(target=self._run, name="entropylens-writer", daemon=True)
+        self._thread.start()
+        self._old_handler = _install(self._on_sigterm)
+        atexit.register(self._at_exit)
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory really written to."""
+        return self._layout.root
+
+    # -- called by whoever measures --------------------------------------------------------------
+
+    def write(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Queue rows; neither waits nor raises.
+
+        Args:
+            table: A table of `entropylens.records.SCHEMAS`.
+            columns: By name: an array or list with one value a row, or a scalar for all. ``time``
+                is in unix seconds, by default now; ``step`` by default the writer's; what else is
+                missing is null.
+        """
+        if self._end is not None or os.getpid() != self._pid:
+            return
+        rows = row_count(columns)
+        if self._entered - self._left + rows > self._queue_rows:
+            self._lost += rows
+            self.fault("queue", RuntimeError(f"more than {self._queue_rows} rows wait for disk"))
+            return
+        self._entered += rows
+        self._queue.append((table, time.time(), {"step": self.step, **columns}, rows))
+
+    def event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        step: int = 0,
+        phase: str = "train",
+        severity: str = "info",
+        rule: str | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        before: float | None = None,
+        after: float | None = None,
+        mode: str | None = None,
+    ) -> None:
+        """Queue a row of the events table; neither waits nor raises.
+
+        Args:
+            kind: What happened, slash-separated: ``run/start``, ``budget``.
+            message: For a person.
+            step: Optimiser step.
+            phase: train, eval or rollout.
+            severity: info, warning or error.
+            rule: Which rule saw it.
+            evidence: Values behind it, kept as JSON.
+            before: A value before it.
+            after: The value after it.
+            mode: shadow or enforce, of a controller.
+        """
+        text = None if evidence is None else json.dumps(dict(evidence), default=repr)
+        row = {"kind": kind, "message": message, "step": step, "phase": phase, "mode": mode}
+        more = {"severity": severity, "rule": rule, "before": before, "after": after}
+        self.write("events", {**row, **more, "evidence": text})
+
+    def fault(self, cause: str, error: BaseException) -> None:
+        """Log a fault the first time its cause is seen, and count it in the status."""
+        key = f"{cause}: {type(error).__name__}"
+        first = key not in self._faults
+        self._faults[key] = self._faults.get(key, 0) + 1
+        if first:
+            log.error(
+                "entropylens: %s failed with %s: %s; training goes on, more of these are only "
+                "counted (entropylens show %s)",
+                cause,
+                type(error).__name__,
+                error,
+                self.run_dir,
+            )
+
+    def flush(self, timeout: float = JOIN_SECONDS) -> bool:
+        """Wait until the rows queued so far are in their tails; whether they are."""
+        return self._ask("flush", timeout)
+
+    def close(self, state: str = "finished", reason: str = "") -> None:
+        """Write what is queued, seal all tails, wait for the disk; a second call does nothing.
+
+        Args:
+            state: finished, failed or terminated.
+            reason: For a person.
+        """
+        if os.getpid() != self._pid:
+            return
+        if self._end is None:
+            kind = {"finished": "end"}.get(state, state)
+            severity = {"finished": "info", "failed": "error"}.get(state, "warning")
+            message = reason or f"the run {state} at step {self.step}"
+            self.event(f"run/{kind}", message, step=self.step, severity=severity)
+            self._end = (state, reason)
+            self._commands.put(("close", threading.Event()))
+            atexit.unregister(self._at_exit)
+            _uninstall(self._on_sigterm, self._old_handler)
+        self._thread.join(JOIN_SECONDS)
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    def _open(
+        self, name: str, world_size: int, config: Mapping[str, Any] | None, resume: int | None
+    ) -> dict[str, Any]:
+        layout = self._layout
+        if self.rank > 0:
+            manifest = _wait_for_rank_zero(layout, resume or 0)
+            if len(manifest["attempts"]) > 1:
+                rewind(layout, manifest["run_id"], self.rank, resume or 0)
+            return manifest
+        if layout.manifest.exists():
+            manifest = load_manifest(layout.root)
+            repair(layout)
+            rewind(layout, manifest["run_id"], self.rank, resume or 0)
+            manifest["world_size"], manifest["config"] = world_size, dict(config or {})
+        else:
+            manifest = new_manifest(name, world_size, config)
+        add_attempt(manifest, resume or 0, world_size)
+        save_manifest(layout, manifest)
+        return manifest
+
+    # -- leaving ---------------------------------------------------------------------------------
+
+    def _at_exit(self) -> None:
+        error = getattr(sys, "last_value", None)
+        if error is None or error is self._old_error:
+            self.close()
+        else:
+            state = "failed" if isinstance(error, Exception) else "terminated"
+            self.close(state, f"{type(error).__name__}: {error}")
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        previous = self._old_handler
+        if os.getpid() == self._pid:
+            if self.before_exit is not None:
+                self.before_exit()
+            if callable(previous):
+                self.event("run/signal", "SIGTERM", step=self.step, severity="warning")
+                self._ask("seal", JOIN_SECONDS)
+            else:
+                self.close("terminated", "SIGTERM")
+        if callable(previous):
+            previous(number, frame)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # -- the writer's thread ---------------------------------------------------------------------
+
+    def _ask(self, what: str, timeout: float) -> bool:
+        if self._end is not None or os.getpid() != self._pid:
+            return False
+        done = threading.Event()
+        self._commands.put((what, done))
+        return done.wait(timeout)
+
+    def _run(self) -> None:
+        what = "flush"
+        while what != "close":
+            try:
+                what, done = self._commands.get(timeout=self._flush_seconds)
+            except Empty:
+                what, done = "flush", threading.Event()
+            try:
+                self._drain()
+                self._seal(everything=what != "flush")
+                self._beat(leave=what == "close")
+            except Exception as error:
+                self.fault("writer", error)
+            self.cpu_seconds = time.thread_time()
+            done.set()
+        self._claim.release()
+
+    def _drain(self) -> None:
+        """Queue to batches to tails; what a tail does not take is kept for the next time."""
+        grouped: dict[str, list[pa.RecordBatch]] = {}
+        while self._queue:
+            table, now, columns, rows = self._queue.popleft()
+            try:
+                batch = record_batch(table, columns, rows, self.rank, self.attempt, now)
+                grouped.setdefault(table, []).append(batch)
+            except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
+                self._left += rows
+                self._lost += rows
+                self.fault(f"rows of {table}", error)
+        for table, batches in grouped.items():
+            self._backlog[table].append(pa.concat_batches(batches))
+        for table, backlog in self._backlog.items():
+            while backlog and self._append(table, backlog[0]):
+                self._left += backlog.popleft().num_rows
+
+    def _append(self, table: str, batch: pa.RecordBatch) -> bool:
+        try:
+            if table not in self._tails:
+                self._tails[table] = self._new_tail(table)
+            self._tails[table].append(batch)
+        except OSError as error:
+            self.fault(f"tail of {table}", error)
+            if isinstance(error, FileNotFoundError):
+                self._forget_removed(table)
+            return False
+        self._next_row[table] += batch.num_rows
+        self._status.rows[table] = self._status.rows.get(table, 0) + batch.num_rows
+        self._seal_at.setdefault(table, time.monotonic() + self._seal_seconds)
+        return True
+
+    def _new_tail(self, table: str) -> Tail:
+        facts = {
+            "format_version": str(FORMAT_VERSION),
+            "run_id": self._manifest["run_id"],
+            "rank": str(self.rank),
+            "attempt": str(self.attempt),
+            "first_row": str(self._next_row[table]),
+        }
+        path = self._layout.tail(table, self.rank)
+        return Tail(path, SCHEMAS[table].with_metadata(facts))
+
+    def _forget_removed(self, table: str) -> None:
+        """Somebody removed the directory: what comes from here on can still be read."""
+        if table in self._tails:
+            self._tails.pop(table).close()
+        if self.rank == 0 and not self._layout.manifest.exists():
+            save_manifest(self._layout, self._manifest)
+
+    def _seal(self, *, everything: bool) -> None:
+        now = time.monotonic()
+        for table, tail in list(self._tails.items()):
+            due = tail.rows >= self._seal_rows or now >= self._seal_at.get(table, now + 1)
+            if not (due or everything):
+                continue
+            try:
+                covered = seal_tail(
+                    self._layout,
+                    self._manifest["run_id"],
+                    table,
+                    self.rank,
+                    self._covered[table],
+                    sync=everything,
+                )
+                self._covered[table] = covered
+                self._replace_tail(table, remove=everything)
+                self._seal_at.pop(table, None)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                self.fault(f"segment of {table}", error)
+                self._seal_at[table] = now + self._seal_seconds
+
+    def _replace_tail(self, table: str, *, remove: bool) -> None:
+        old = self._tails.pop(table)
+        old.close()
+        if remove:
+            os.unlink(old.path)
+        else:
+            self._tails[table] = self._new_tail(table)
+
+    def _beat(self, *, leave: bool) -> None:
+        status, now = self._status, time.time()
+        if not leave and now - status.heartbeat < min(HEARTBEAT_SECONDS, 5 * self._flush_seconds):
+            return
+        if status.step != self.step:
+            status.step, status.step_time = self.step, now
+        status.lost_rows, status.faults = self._lost, dict(self._faults)
+        status.writer_cpu_seconds = self.cpu_seconds
+        if leave and self._end is not None:
+            status.state, status.reason = self._end
+            status.lost_rows += self._entered - self._left
+        try:
+            status.save(self._layout, sync=leave)
+        except OSError as error:
+            self.fault("status", error)
+
+
+def _checked(run_dir: str | Path) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(run_dir)):
+        raise EntropyLensError(
+            f"RunWriter: expected a local run_dir, got {str(run_dir)!r}; object stores have no "
+            f"append: write to a disk and copy the directory"
+        )
+    root = Path(run_dir).expanduser().absolute()
+    if root.exists() and not root.is_dir():
+        raise EntropyLensError(
+            f"RunWriter: expected run_dir to be a directory, got the file {root}; choose another"
+        )
+    return root
+
+
+def _claim(root: Path, rank: int, resume_step: int | None) -> tuple[Layout, Claim]:
+    """Where to write, and the right to; a run that has ended is left alone unless resumed."""
+    layout = Layout(root)
+    claim = Claim(layout, rank)
+    if rank > 0 or resume_step is not None or not layout.manifest.exists():
+        return layout, claim
+    claim.release()
+    load_manifest(root)
+    number = 2
+    while True:
+        free = root.with_name(f"{root.name}-{number}")
+        try:
+            os.mkdir(free)
+            break
+        except FileExistsError:
+            number += 1
+    log.warning("entropylens: %s holds a run that has ended; writing to %s", root, free)
+    return Layout(free), Claim(Layout(free), rank)
+
+
+def _wait_for_rank_zero(layout: Layout, start_step: int) -> dict[str, Any]:
+    deadline = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < deadline:
+        status = load_status(layout.status(0))
+        if status is not None and status.seen_state() == "running":
+            manifest = load_manifest(layout.root)
+            newest = manifest["attempts"][-1]
+            if newest["start_step"] == start_step and newest["attempt"] == status.attempt:
+                return manifest
+        time.sleep(0.05)
+    raise EntropyLensError(
+        f"RunWriter: expected rank 0 to open {layout.root} within {JOIN_SECONDS:.0f} s, but it did "
+        f"not; give all ranks the same new run_dir"
+    )
+
+
+def _install(handler: Callable[[int, Any], None]) -> Any:
+    """Put ``handler`` before the present one; None where that cannot be, or the signal is off."""
+    present = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or present is signal.SIG_IGN:
+        return None
+    if present is None:
+        return None
+    return signal.signal(signal.SIGTERM, handler)
+
+
+def _uninstall(handler: Callable[[int, Any], None], previous: Any) -> None:
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        return
+    if signal.getsignal(signal.SIGTERM) == handler:
+        signal.signal(signal.SIGTERM, previous)
