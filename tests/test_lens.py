@@ -31,7 +31,9 @@ class Model(nn.Module):
         logits = self.head(self.dropout(self.embedding(input_ids)))
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            )
         return SimpleNamespace(logits=logits, loss=loss)
 
 
@@ -331,9 +333,7 @@ def test_without_a_limit_everything_is_measured_and_the_share_still_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("entropylens.budget.REVIEW_SECONDS", 0.0)
-    train(
-        60, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "r", preset="full", max_overhead=None)
-    )
+    train(60, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "r", preset="full", max_overhead=None))
     run = el.open_run(tmp_path / "r")
     assert len(series(run, "entropy/token/mean")) == 60
     assert series(run, "overhead/fraction")

@@ -34,7 +34,9 @@ def test_a_preset_can_be_overruled_diagnostic_by_diagnostic() -> None:
     assert schedules["token_entropy"].every == 7
     assert "surprisal" not in schedules
     assert schedules["update_norm"] == el.Schedule(3, floor=9)
-    assert schedules["training_vitals"] == all_diagnostics()["training_vitals"].schedules["balanced"]
+    assert (
+        schedules["training_vitals"] == all_diagnostics()["training_vitals"].schedules["balanced"]
+    )
 
 
 def test_what_a_preset_leaves_off_can_be_switched_on() -> None:

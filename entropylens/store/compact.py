@@ -65,18 +65,19 @@ def compact(path: str | Path) -> dict[str, tuple[int, int]]:
     try:
         for rank in ranks:
             claims.append(Claim(layout, rank))
-        repair(layout)
+        run_id = manifest["run_id"]
+        repair(layout, run_id)
         for rank in ranks:
-            seal_abandoned(layout, manifest["run_id"], rank)
-        counts = {table: _merge(layout, table) for table in SCHEMAS}
-        _write_pyramid(layout)
+            seal_abandoned(layout, run_id, rank)
+        counts = {table: _merge(layout, table, run_id) for table in SCHEMAS}
+        _write_pyramid(layout, run_id)
     finally:
         for claim in claims:
             claim.release()
     return {table: count for table, count in counts.items() if count[0]}
 
 
-def repair(layout: Layout) -> None:
+def repair(layout: Layout, run_id: str) -> None:
     """End what a merge that was killed had begun: each table's folder is the old or the new."""
     for table in SCHEMAS:
         folder = layout.root / table
@@ -84,7 +85,7 @@ def repair(layout: Layout) -> None:
             os.replace(_beside(folder), folder)
         for left in (_beside(folder), _aside(folder)):
             if left.exists():
-                _discard(left, folder, table)
+                _discard(left, folder, run_id)
 
 
 def _beside(folder: Path) -> Path:
@@ -95,18 +96,19 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _readable(path: Path, table: str) -> Footer | None:
+def _readable(path: Path, table: str, run_id: str) -> Footer | None:
     try:
         read_segment(path, table)
-        return read_footer(path)
+        footer = read_footer(path)
     except (ValueError, OSError):
         return None
+    return footer if (footer.run_id, footer.table) == (run_id, table) else None
 
 
-def _merge(layout: Layout, table: str) -> tuple[int, int]:
+def _merge(layout: Layout, table: str, run_id: str) -> tuple[int, int]:
     readable: dict[int, list[tuple[Path, Footer]]] = {}
     for path in layout.segments(table):
-        footer = _readable(path, table)
+        footer = _readable(path, table, run_id)
         if footer is not None:
             readable.setdefault(footer.rank, []).append((path, footer))
     before = sum(map(len, readable.values()))
@@ -123,7 +125,7 @@ def _merge(layout: Layout, table: str) -> tuple[int, int]:
         write_segment(
             beside / layout.segment(table, rank, layout.next_sequence(table, rank)).name,
             rows,
-            run_id=footers[0].run_id,
+            run_id=run_id,
             table=table,
             rank=rank,
             first_row=min(footer.first_row for footer in footers),
@@ -132,7 +134,7 @@ def _merge(layout: Layout, table: str) -> tuple[int, int]:
             sync=True,
         )
     _exchange(beside, folder)
-    _discard(beside, folder, table)
+    _discard(beside, folder, run_id)
     sync_directory(layout.root)
     return before, len(readable)
 
@@ -141,10 +143,10 @@ def _all_merged(readable: dict[int, list[tuple[Path, Footer]]]) -> bool:
     return all(footer.generation > 0 for found in readable.values() for _, footer in found)
 
 
-def _discard(old: Path, new: Path, table: str) -> None:
+def _discard(old: Path, new: Path, run_id: str) -> None:
     """Remove a folder whose rows are in ``new``; what we cannot read, or is not ours, moves there."""
     for path in old.iterdir():
-        if not path.name.startswith(".") and _readable(path, table) is None:
+        if not path.name.startswith(".") and _readable(path, new.name, run_id) is None:
             os.replace(path, new / path.name)
     shutil.rmtree(old)
 
@@ -162,9 +164,9 @@ def _exchange(one: Path, other: Path) -> None:
     os.replace(_aside(other), one)
 
 
-def _write_pyramid(layout: Layout) -> None:
+def _write_pyramid(layout: Layout, run_id: str) -> None:
     segments = layout.segments("metrics")
-    paths = [str(path) for path in segments if _readable(path, "metrics") is not None]
+    paths = [str(path) for path in segments if _readable(path, "metrics", run_id) is not None]
     if not paths:
         return
     connection = duckdb.connect()

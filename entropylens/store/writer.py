@@ -229,7 +229,7 @@ class RunWriter:
             return manifest
         if layout.manifest.exists():
             manifest = load_manifest(layout.root)
-            repair(layout)
+            repair(layout, manifest["run_id"])
             rewind(layout, manifest["run_id"], self.rank, resume or 0)
             manifest["world_size"], manifest["config"] = world_size, dict(config or {})
         else:

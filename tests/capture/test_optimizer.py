@@ -88,5 +88,7 @@ def test_a_wrapper_is_unwrapped_and_anything_else_refused() -> None:
             self.optimizer = optimizer
 
     assert unwrap_optimizer(Wrapper(Wrapper(optimizer))) is optimizer
-    with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer or a wrapper .* got int"):
+    with pytest.raises(
+        TypeError, match=r"expected a torch.optim.Optimizer or a wrapper .* got int"
+    ):
         unwrap_optimizer(3)

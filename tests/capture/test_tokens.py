@@ -139,7 +139,9 @@ def test_classification_is_one_column() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"expected logits \[..., vocabulary\] .* got shape \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected logits \[..., vocabulary\] .* got shape \(5,\)"
+    ):
         as_grid(torch.zeros(5), torch.zeros(()), None)
     with pytest.raises(ValueError, match=r"targets of shape \(2, 3\) .* got \(2, 4\); shift"):
         as_grid(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.long), None)
