@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -100,8 +102,8 @@ def test_position_buckets_cover_every_token_once() -> None:
     entropy = position.float()
     means, weights = entropy_by_position(entropy, position, torch.ones(5000))
     edges = [*POSITIONS, 5000]
-    assert weights.tolist() == [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    assert means.tolist() == [(a + b - 1) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    assert weights.tolist() == [b - a for a, b in pairwise(edges)]
+    assert means.tolist() == [(a + b - 1) / 2 for a, b in pairwise(edges)]
 
 
 def test_an_empty_position_bucket_has_no_weight() -> None:
