@@ -65,7 +65,7 @@ def main() -> None:
         "ratio_to_read": round(max(row["reads"] for row in judged), 2),
         "extra_mib": round(max(row["extra_mib"] for row in judged), 1),
         "ratio_to_trl": round(max(ratios), 2) if ratios else None,
-        "quick": quick,
+        "quick": options.quick,
         "threads": THREADS,
         "cells": cells,
     }
