@@ -21,6 +21,8 @@ __all__ = ["Session"]
 
 FLUSH_SECONDS: Final = 1.0
 FLUSH_BLOCKS: Final = 512
+VITALS_LAG: Final = 16
+"""Vitals, which are cheap, keep their intervals until the budget has widened others so far."""
 
 
 class Session:
@@ -68,8 +70,10 @@ class Session:
         """Decide which diagnostics are due in step ``number``."""
         self._due = {}
         for name, schedule in self._schedules.items():
-            if schedule.is_due(number, self.budget.widening):
-                found = self._diagnostics[name]
+            found, widening = self._diagnostics[name], self.budget.widening
+            if found.reads == "step":
+                widening = max(widening // VITALS_LAG, 1)
+            if schedule.is_due(number, widening):
                 self._due.setdefault(found.reads, []).append(found)
 
     def wants(self, reads: str) -> bool:

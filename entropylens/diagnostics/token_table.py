@@ -10,7 +10,7 @@ from entropylens.registry import Block, Diagnostic, Lookup, Metric, TokenReading
 
 __all__ = ["ROWS", "TokenTable", "select_tokens"]
 
-ROWS: Final = 32
+ROWS: Final = 64
 """Tokens written a measured step: half the most surprising, half a uniform sample."""
 
 METRICS: Final[Mapping[str, Metric]] = {}

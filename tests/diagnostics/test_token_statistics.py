@@ -2,6 +2,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import fields
 from math import inf, log, nan
+from typing import Any
 
 import pytest
 import torch
@@ -323,7 +324,7 @@ def test_the_targets_logit_is_the_one_that_the_head_rounds_to() -> None:
     ],
 )
 def test_wrong_arguments_are_named(
-    logits: Tensor, targets: Tensor, options: dict[str, Tensor], message: str
+    logits: Tensor, targets: Tensor, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         token_statistics(logits, targets, **options)
