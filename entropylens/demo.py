@@ -217,11 +217,16 @@ def _progress(console: Any, steps: int) -> Any:
 
 
 def _conclude(out: Path, console: Any) -> None:
+    from entropylens.analysis.overview import read_overview, sentences
     from entropylens.analysis.report import write_report
     from entropylens.store.reader import open_run
 
     run = open_run(out)
+    console.print("\nWhat happened:")
+    for sentence in sentences(read_overview(run)):
+        console.print(f"  - {sentence}", markup=False)
     report = write_report(run, out / "report.html")
     console.print(f"\nThe log is {out}, the report {report}.")
-    console.print("What happened, in the terminal:   entropylens show " + str(out))
-    console.print(f"What happened, in a browser:      open {report}")
+    console.print(f"  in a browser:      open {report}", soft_wrap=True)
+    console.print(f"  in the terminal:   entropylens show {out}", soft_wrap=True)
+    console.print(f"  as numbers:        entropylens get {out} 'entropy/token/*'", soft_wrap=True)

@@ -60,6 +60,7 @@ class Session:
         self._steps_done = 0
         self._closed = False
         atexit.register(self._drain)
+        writer.before_exit = self._drain
 
     @property
     def run_dir(self) -> Path:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,6 +297,24 @@ def test_an_exception_in_the_loop_seals_the_log_and_goes_on_up(tmp_path: Path) -
     assert series(run, "loss/mean") == {1: 1.0}
     assert any("lost" in message for message in table_of(run, "events")["message"].to_pylist())
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGTERM)", "1 / 0", "sys.exit(0)"])
+def test_a_process_that_ends_in_mid_training_leaves_all_its_steps(tmp_path: Path, end: str) -> None:
+    script = f"""
+import os, signal, sys
+import entropylens as el
+lens = el.Lens(run_dir={str(tmp_path / "run")!r})
+for step in range(5):
+    lens.step(1.0 + step)
+{end}
+"""
+    subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    run = el.open_run(tmp_path / "run")
+    assert list(series(run, "loss/mean")) == [1, 2, 3, 4, 5]
+    expected = {"o": "terminated", "1": "failed", "s": "finished"}[end[0]]
+    assert run.state() == expected
+    assert not list((tmp_path / "run" / "metrics").glob("*.arrows"))
 
 
 def test_training_twice_into_one_directory_makes_two_runs(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def test_the_samples_of_highest_mean_loss_are_named() -> None:
     worst = mean.argsort(descending=True)[:HIGHEST_LOSS]
     assert block.columns["sequence"][:HIGHEST_LOSS].tolist() == worst.tolist()
     assert block.columns["loss"][:HIGHEST_LOSS].tolist() == pytest.approx(mean[worst].tolist())
+    assert reading.sample_ids is not None
     names = [reading.sample_ids[i] for i in block.columns["sample_id"].index]
     assert names[:HIGHEST_LOSS] == [f"sample {i}" for i in worst.tolist()]
 
