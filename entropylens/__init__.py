@@ -48,7 +48,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(
+                f"{name}: expected torch to be installed, got none; "
+                f"pip install 'entropylens[torch]'"
+            ) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

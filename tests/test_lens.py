@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import entropylens as el
-from entropylens import lens as module
+from entropylens.capture.micro_batches import identifiers
 from entropylens.registry import all_diagnostics
 
 VOCABULARY = 13
@@ -373,7 +373,7 @@ def test_sampled_rows_are_shared_among_the_micro_batches(tmp_path: Path) -> None
 def test_identifiers_on_an_accelerator_are_refused() -> None:
     where = torch.zeros(3, device="meta")
     with pytest.raises(TypeError, match=r"expected sample_id on the host .* tensor on meta"):
-        module.identifiers(where)
+        identifiers(where)
 
 
 def test_a_name_that_the_log_does_not_take_is_refused(tmp_path: Path) -> None:

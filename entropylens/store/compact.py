@@ -60,7 +60,7 @@ def compact(path: str | Path) -> dict[str, tuple[int, int]]:
     """
     layout = Layout(Path(path))
     manifest = load_manifest(layout.root)
-    ranks = sorted({0} | {int(p.stem.rpartition("-")[2]) for p in layout.statuses()})
+    ranks = sorted({0, *layout.ranks()})
     claims: list[Claim] = []
     try:
         for rank in ranks:
@@ -85,7 +85,7 @@ def repair(layout: Layout, run_id: str) -> None:
             os.replace(_beside(folder), folder)
         for left in (_beside(folder), _aside(folder)):
             if left.exists():
-                _discard(left, folder, run_id)
+                _discard(layout, left, folder, run_id)
 
 
 def _beside(folder: Path) -> Path:
@@ -102,7 +102,7 @@ def _readable(path: Path, table: str, run_id: str) -> Footer | None:
         footer = read_footer(path)
     except (ValueError, OSError):
         return None
-    return footer if (footer.run_id, footer.table) == (run_id, table) else None
+    return footer if footer.is_of(run_id, table) else None
 
 
 def _merge(layout: Layout, table: str, run_id: str) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def _merge(layout: Layout, table: str, run_id: str) -> tuple[int, int]:
             sync=True,
         )
     _exchange(beside, folder)
-    _discard(beside, folder, run_id)
+    _discard(layout, beside, folder, run_id)
     sync_directory(layout.root)
     return before, len(readable)
 
@@ -143,10 +143,12 @@ def _all_merged(readable: dict[int, list[tuple[Path, Footer]]]) -> bool:
     return all(footer.generation > 0 for found in readable.values() for _, footer in found)
 
 
-def _discard(old: Path, new: Path, run_id: str) -> None:
-    """Remove a folder whose rows are in ``new``; what we cannot read, or is not ours, moves there."""
+def _discard(layout: Layout, old: Path, new: Path, run_id: str) -> None:
+    """Remove a folder whose rows are in ``new``; what is not ours moves there."""
+    merged = {p for p in layout.segments(old.name) if _readable(p, new.name, run_id) is not None}
     for path in old.iterdir():
-        if not path.name.startswith(".") and _readable(path, new.name, run_id) is None:
+        unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
+        if not unfinished and path not in merged:
             os.replace(path, new / path.name)
     shutil.rmtree(old)
 
@@ -170,9 +172,9 @@ def _write_pyramid(layout: Layout, run_id: str) -> None:
     if not paths:
         return
     connection = duckdb.connect()
+    connection.execute("SET enable_progress_bar = false")  # it would write into our output
     connection.read_parquet(paths).create_view("rows")
     pyramid = connection.query(_PYRAMID.format(buckets=BUCKETS)).to_arrow_table()
-    target = layout.root / "pyramid" / "metrics.parquet"
-    target.parent.mkdir(exist_ok=True)
-    pq.write_table(pyramid, temporary(target), compression="zstd")
-    publish(target, sync=True)
+    layout.pyramid.parent.mkdir(exist_ok=True)
+    pq.write_table(pyramid, temporary(layout.pyramid), compression="zstd")
+    publish(layout.pyramid, sync=True)

@@ -1,0 +1,387 @@
+"""The command line: look at runs, ask them, take rows out; nothing heavy before a verb needs it.
+
+Every verb that reads has ``--json``: one JSON document on standard output. JSON has no NaN, so the
+strings "NaN", "Infinity" and "-Infinity" stand for what is not finite. An error is one line on
+standard error and exit status 2.
+"""
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+from entropylens import __version__
+from entropylens.errors import EntropyLensError, unknown_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from entropylens.store.reader import Run
+
+__all__ = ["app", "main"]
+
+_BATCH_ROWS: Final = 10_000
+
+
+class _Verbs(TyperGroup):
+    """Says what went wrong in one line, and lets a reader of the output go."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            with _warnings_in_one_line():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (EntropyLensError, ValueError, OSError) as error:
+            _complain("error", error)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    help="See that a training run is about to fail, why, and what it did.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help='Print one JSON document; "NaN", "Infinity", "-Infinity" are strings in it.'
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``entropylens``."""
+    app(prog_name="entropylens")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"entropylens {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _entropylens(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="Where to look, in folders below too.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder, newest first."""
+    from entropylens.analysis.summary import last_loss, last_step
+    from entropylens.figures.terminal import age, print_table, to_console
+    from entropylens.store.reader import list_runs
+
+    found: list[dict[str, Any]] = [
+        {
+            "name": run.name,
+            "state": run.state(),
+            "steps": last_step(run),
+            "last_loss": last_loss(run),
+            "age": age(run.created),
+            "attempts": len(run.attempts),
+            "path": str(run.path),
+        }
+        for run in list_runs(folder)
+    ]
+    if as_json:
+        _print_json({"runs": found})
+        return
+    console = to_console()
+    columns = ["name", "state", "steps", "last_loss", "age", "attempts", "path"]
+    if console.is_terminal and all(one["name"] == Path(one["path"]).name for one in found):
+        columns.remove("path")
+    print_table(console, columns, [[one[column] for column in columns] for one in found])
+
+
+@app.command()
+def show(run: RunPath, as_json: Json = False) -> None:
+    """Summarise a run: what happened, main series, worst samples, last events."""
+    from entropylens.analysis.summary import summary
+    from entropylens.figures.terminal import print_summary, to_console
+    from entropylens.store.reader import open_run
+
+    found = summary(open_run(run))
+    if not as_json:
+        print_summary(to_console(), found)
+        return
+    for one in found["series"]:
+        del one["values"]
+    _print_json(found)
+
+
+@app.command()
+def get(
+    run: RunPath,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Metric names or patterns with * and ?; all.")
+    ] = None,
+    phase: Annotated[str | None, typer.Option(help="train, eval or rollout.")] = None,
+    steps: Annotated[str | None, typer.Option(metavar="A:B", help="First and last step.")] = None,
+    since: Annotated[str | None, typer.Option(help="The cursor of an earlier --json.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the last so many rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print rows of the metrics table, ordered by step.
+
+    With --json also a cursor: --since CURSOR then gives only what came later, or all rows again
+    where "restarted" says so.
+    """
+    from entropylens.figures.terminal import print_table, to_console
+    from entropylens.store.reader import open_run
+
+    opened = open_run(run)
+    found = opened.metrics(names, phases=phase, steps=_parsed(steps), since=since)
+    if found.table.num_rows == 0 and since is None:
+        _check_names(opened, names or [])
+    keys = ("step", "phase", "name", "module", "rank", "time")
+    table = found.table.sort_by([(key, "ascending") for key in keys])
+    rows = table.slice(max(table.num_rows - limit, 0) if limit else 0)
+    if as_json:
+        facts = {"omitted": table.num_rows - rows.num_rows, "restarted": found.restarted}
+        facts |= {"cursor": str(found.cursor), "warnings": found.warnings}
+        _print_json({"rows": rows.to_pylist(), **facts})
+        return
+    console = to_console()
+    columns = rows.column_names
+    if console.is_terminal:
+        columns = ["step", "phase", "name", *_varying(rows, ("module", "rank", "attempt"))]
+        columns += ["value", "weight"]
+    print_table(console, columns, _cells(rows.select(columns)))
+
+
+@app.command()
+def query(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    sql: Annotated[str, typer.Option(help="One SELECT; each table has a column run.")],
+    as_json: Json = False,
+) -> None:
+    """Answer one SELECT over metrics, tokens, samples, completions, spectra and events."""
+    from entropylens.figures.terminal import print_table, to_console
+    from entropylens.store.query import select
+    from entropylens.store.reader import open_run
+
+    found = select([open_run(run) for run in runs], sql)
+    if as_json:
+        _print_json({"rows": found.to_pylist()})
+    else:
+        print_table(to_console(), found.column_names, _cells(found))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Output,
+    to: Annotated[str, typer.Option(help="csv, parquet or json.")],
+    table: Annotated[str, typer.Option(help="metrics, tokens, samples, events, ...")] = "metrics",
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a table of a run to one file, every digit kept."""
+    from entropylens.records import SCHEMAS
+    from entropylens.store.layout import publish, temporary
+    from entropylens.store.reader import open_run
+
+    if to not in _WRITERS:
+        raise ValueError(unknown_name("export", "format", to, _WRITERS))
+    if table not in SCHEMAS:
+        raise ValueError(unknown_name("export", "table", table, SCHEMAS))
+    if output.exists() and not force:
+        raise ValueError(f"export: expected {output} to be free, got a file; use --force")
+    rows = open_run(run).rows(table).to_arrow()
+    try:
+        _WRITERS[to](rows, temporary(output))
+        publish(output)
+    finally:
+        temporary(output).unlink(missing_ok=True)
+    _done(output, as_json, f"{rows.num_rows} rows of {table}", rows=rows.num_rows)
+
+
+@app.command()
+def explain(
+    metric: Annotated[str, typer.Argument(help="A name in the log.")], as_json: Json = False
+) -> None:
+    """Say what a metric means: question, formula, unit, estimator, source."""
+    from dataclasses import asdict
+
+    from entropylens.dictionary import definition
+    from entropylens.figures.terminal import print_facts, to_console
+
+    found = asdict(definition(metric))
+    if as_json:
+        _print_json({"metric": metric, **found})
+    else:
+        print_facts(to_console(), {"metric": metric, "defined as": found.pop("name"), **found})
+
+
+@app.command()
+def report(run: RunPath, output: Output, as_json: Json = False) -> None:
+    """Write the report of a run: one HTML file that needs no network."""
+    from entropylens.analysis.report import write_report
+    from entropylens.store.reader import open_run
+
+    written = write_report(open_run(run), output)
+    _done(written, as_json, "the report")
+
+
+@app.command()
+def compact(run: RunPath, as_json: Json = False) -> None:
+    """Merge the segments of a run that has ended."""
+    from entropylens.store.compact import compact as merge
+
+    counts = merge(run)
+    if as_json:
+        _print_json({table: {"before": a, "after": b} for table, (a, b) in counts.items()})
+        return
+    for table, (before, after) in counts.items():
+        typer.echo(f"{table}: {before} -> {after} segments")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; 300.")] = None,
+) -> None:
+    """Train a small model with a learning-rate spike and report on it."""
+    from entropylens.demo import run_demo
+
+    raise typer.Exit(run_demo(out, steps=steps))
+
+
+# -- what the verbs print -------------------------------------------------------------------------
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _complain("warning", message)
+        yield
+
+
+def _complain(kind: str, message: object) -> None:
+    from entropylens.figures.terminal import plain
+
+    typer.echo(f"{kind}: {plain(' '.join(str(message).splitlines()))}", err=True)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    text = json.dumps(_as_json(document), allow_nan=False, ensure_ascii=ascii_only)
+    sys.stdout.write(text + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _done(output: Path, as_json: bool, what: str, **facts: Any) -> None:
+    if as_json:
+        _print_json({"file": str(output), **facts})
+    else:
+        typer.echo(f"{output}: {what}")
+
+
+def _cells(table: "pa.Table") -> list[tuple[Any, ...]]:
+    return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+
+def _varying(rows: "pa.Table", columns: Sequence[str]) -> list[str]:
+    return [column for column in columns if len(rows[column].unique()) > 1]
+
+
+def _parsed(steps: str | None) -> tuple[int | None, int | None]:
+    if steps is None:
+        return None, None
+    first, colon, last = steps.partition(":")
+    try:
+        low, high = (int(text) if text else None for text in (first, last))
+    except ValueError:
+        raise ValueError(f"get: expected --steps as A:B, A:, :B or A, got {steps!r}") from None
+    return low, high if colon else low
+
+
+def _check_names(run: "Run", wanted: Sequence[str]) -> None:
+    """An empty answer is fine, a name that the run does not have is a mistake."""
+    from entropylens.store.query import select
+
+    known = select(run, "SELECT DISTINCT name FROM metrics")["name"].to_pylist()
+    for name in wanted:
+        if known and not set("*?") & set(name) and name not in known:
+            raise EntropyLensError(unknown_name("get", "metric of this run", name, known))
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _write_csv(rows: "pa.Table", path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    for place, field in enumerate(rows.schema):
+        if pa.types.is_list(field.type):
+            texts = [
+                None if v is None else json.dumps(_as_json(v)) for v in rows[place].to_pylist()
+            ]
+            rows = rows.set_column(place, field.name, pa.array(texts, pa.string()))
+    csv.write_csv(rows, path)
+
+
+def _write_parquet(rows: "pa.Table", path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(rows, path, compression="zstd")
+
+
+def _write_json(rows: "pa.Table", path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        before = "["
+        for batch in rows.to_batches(max_chunksize=_BATCH_ROWS):
+            for row in batch.to_pylist():
+                file.write(f"{before}\n{json.dumps(_as_json(row), ensure_ascii=False)}")
+                before = ","
+        file.write("\n]\n" if before == "," else "[]\n")
+
+
+_WRITERS: Final = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}
+
+
+if __name__ == "__main__":
+    main()
