@@ -133,7 +133,8 @@ class Lens:
         self._temperature, self._seed = temperature, seed + 1_000_003 * writer.rank
         self._generators: dict[torch.device, torch.Generator] = {}
         self._step = resume_step or 0
-        self._tokens_seen = self._restore_tokens(writer) if resume_step else 0
+        seen = self._restore_tokens(writer) if resume_step else 0
+        self._tokens_seen = torch.tensor(seen)
         self._shown = False
         self._phase = Phase.TRAIN
         self._micro_batches = 1

@@ -95,8 +95,8 @@ class _Flight:
         for event in self._events:
             event.synchronize()
         for block, stamp in self._blocks:
-            columns = {name: self._column(value) for name, value in block.columns.items()}
-            columns = _kept(block.table, columns)
+            host = {name: self._column(value) for name, value in block.columns.items()}
+            columns = _kept(block.table, host)
             if columns is not None:
                 stamped = {"step": stamp.step, "time": stamp.time, "phase": stamp.phase}
                 yield block.table, {**stamped, **columns}

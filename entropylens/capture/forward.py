@@ -38,7 +38,7 @@ def tap_forward(model: nn.Module, on_forward: Callable[[Forward], None]) -> Any:
     shifted = _predicts_next_token(model)
 
     def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        if not torch.is_grad_enabled():
             return
         logits, loss = _field(output, "logits"), _field(output, "loss")
         if logits is None and loss is None:
@@ -67,7 +67,8 @@ def _field(output: Any, name: str) -> Tensor | None:
 
 def _predicts_next_token(model: nn.Module) -> bool:
     """Whether position t of the logits is scored on label t + 1, as transformers' causal LMs do."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = model if unwrap is None else unwrap()
     loss_type = getattr(base, "loss_type", None)
     if isinstance(loss_type, str):
         return loss_type == "ForCausalLM"

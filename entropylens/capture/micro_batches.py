@@ -93,5 +93,5 @@ def identifiers(sample_id: Sequence[Any] | Tensor | None) -> list[str] | None:
                 f"Lens.observe: expected sample_id on the host (a list, or a CPU tensor), got a "
                 f"tensor on {sample_id.device}; pass the loader's own"
             )
-        sample_id = sample_id.numpy()
+        sample_id = sample_id.tolist()
     return [str(value) for value in sample_id]

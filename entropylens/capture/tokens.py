@@ -93,8 +93,8 @@ def read_tokens(
     scored = present.sum()
     key = torch.rand(batch * length, generator=generator, device=logits.device)
     depth = (present.cumsum(1) - 1).clamp(min=0).flatten()
-    complete = rows is None or batch * length <= rows
-    if complete:
+    if rows is None or batch * length <= rows:
+        rows = None
         index = torch.arange(batch * length, device=logits.device)
         weight = present.flatten().float()
         measured = token_statistics(logits, targets, mask=present, temperature=temperature)
@@ -123,7 +123,7 @@ def read_tokens(
         key=torch.rand(len(index), generator=generator, device=logits.device),
         sequence_tokens=present.sum(1),
         vocabulary=vocabulary,
-        grid=(batch, length) if complete else None,
+        grid=(batch, length) if rows is None else None,
     )
 
 

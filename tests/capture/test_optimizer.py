@@ -33,7 +33,8 @@ def trained(events: Events, *, clip: float | None = None) -> tuple[nn.Linear, Op
     model = nn.Linear(3, 2)
     frozen, weight = model.bias, model.weight
     frozen.requires_grad_(False)
-    optimizer = torch.optim.SGD([{"params": [weight]}, {"params": [frozen], "lr": 0.5}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [weight]}, {"params": [frozen], "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     names = {id(p): n for n, p in model.named_parameters()}
     tap = OptimizerTap(optimizer, events, names, unguarded)
     model(torch.ones(4, 3)).sum().backward()
@@ -45,7 +46,7 @@ def trained(events: Events, *, clip: float | None = None) -> tuple[nn.Linear, Op
 
 def test_gradients_are_read_as_the_optimiser_uses_them() -> None:
     events = Events("gradients", "step")
-    model, _ = trained(events, clip=0.5)
+    _, _ = trained(events, clip=0.5)
     reading = events.taken["gradients"]
     assert isinstance(reading, GradientReading)
     assert set(reading.gradients) == {"weight"}
