@@ -51,7 +51,7 @@ def _array(value: Any, rows: int, field: pa.Field) -> pa.Array:
     if value is None:
         return pa.nulls(rows, field.type)
     if not _is_column(value):
-        value = [value.item() if isinstance(value, np.generic) else value] * rows
+        value = [value.item() if isinstance(value, np.generic | np.ndarray) else value] * rows
     if len(value) != rows:
         raise ValueError(f"column {field.name} has {len(value)} values for {rows} rows")
     if field.name == "time":
@@ -60,5 +60,8 @@ def _array(value: Any, rows: int, field: pa.Field) -> pa.Array:
     try:
         return pa.array(value, type=field.type)
     except UnicodeEncodeError:
-        clean = [None if v is None else v.encode("utf-8", "replace").decode() for v in value]
-        return pa.array(clean, type=field.type)
+        return pa.array([_encodable(item) for item in value], type=field.type)
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

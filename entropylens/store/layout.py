@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from entropylens.records import SCHEMAS
+
 __all__ = ["Layout", "publish", "sync_directory", "temporary", "write_atomically"]
 
 _SEGMENT: Final = re.compile(r"(\d{3,})-(\d{6,})\.parquet")
+_STATUS: Final = re.compile(r"rank-(\d{3,})\.json")
 _TAIL: Final = re.compile(r"(\d{3,})\.tail\.arrows")
 
 
@@ -29,7 +32,15 @@ class Layout:
 
     def statuses(self) -> list[Path]:
         """Status files of all ranks."""
-        return sorted((self.root / "status").glob("rank-*.json"))
+        return [path for path, _ in _matching(self.root / "status", _STATUS)]
+
+    def ranks(self) -> list[int]:
+        """Ranks that have left a status, a tail or a segment."""
+        found = [int(match[1]) for _, match in _matching(self.root / "status", _STATUS)]
+        for table in SCHEMAS:
+            for pattern in (_TAIL, _SEGMENT):
+                found += [int(match[1]) for _, match in _matching(self.root / table, pattern)]
+        return sorted(set(found))
 
     def lock(self, rank: int) -> Path:
         """Held by the process that writes as ``rank``."""
@@ -46,6 +57,11 @@ class Layout:
     def superseded(self, table: str) -> Path:
         """What a resume has replaced."""
         return self.root / "superseded" / table
+
+    @property
+    def pyramid(self) -> Path:
+        """A first look at all metrics, written by merging."""
+        return self.root / "pyramid" / "metrics.parquet"
 
     def tails(self, table: str) -> dict[int, Path]:
         """Tails of a table by rank."""

@@ -1,6 +1,7 @@
 """``run.json``: what the run is, written by rank 0 when an attempt starts."""
 
 import json
+import math
 import platform
 import socket
 import sys
@@ -11,11 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from entropylens.errors import EntropyLensError
 from entropylens.records import FORMAT_VERSION
 from entropylens.store.layout import Layout, write_atomically
 
-__all__ = ["add_attempt", "load_manifest", "new_manifest", "save_manifest"]
+__all__ = ["add_attempt", "load_manifest", "new_manifest", "plain", "save_manifest"]
 
 
 def new_manifest(name: str, world_size: int, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -52,8 +55,30 @@ def add_attempt(manifest: dict[str, Any], start_step: int, world_size: int) -> i
 
 def save_manifest(layout: Layout, manifest: Mapping[str, Any]) -> None:
     """Write ``run.json``; what JSON cannot hold is kept as its repr."""
-    text = json.dumps(manifest, indent=1, default=repr, ensure_ascii=False)
+    text = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
     write_atomically(layout.manifest, text.encode("utf-8", "replace"), sync=True)
+
+
+def plain(value: Any, *, _above: tuple[int, ...] = ()) -> Any:
+    """``value`` as every JSON reader takes it; what JSON cannot hold is its repr.
+
+    Example:
+        >>> plain({1: (1.5, float("nan")), "path": {2}})
+        {'1': [1.5, 'nan'], 'path': [2]}
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if id(value) not in _above:
+        above = (*_above, id(value))
+        if isinstance(value, Mapping):
+            return {str(key): plain(item, _above=above) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [plain(item, _above=above) for item in value]
+    return repr(value)
 
 
 def load_manifest(root: Path) -> dict[str, Any]:
@@ -66,7 +91,7 @@ def load_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = int(manifest["format_version"])
-        _ = manifest["run_id"], manifest["attempts"]
+        _ = manifest["run_id"], list(manifest["attempts"])
     except (FileNotFoundError, NotADirectoryError):
         raise EntropyLensError(
             f"open_run: expected a run directory with run.json, found none in {root}"
@@ -85,7 +110,7 @@ def load_manifest(root: Path) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _versions() -> dict[str, str]:

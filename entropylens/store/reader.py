@@ -16,7 +16,7 @@ from entropylens.errors import EntropyLensError
 from entropylens.records import SCHEMAS
 from entropylens.store.layout import Layout
 from entropylens.store.manifest import load_manifest
-from entropylens.store.segments import Footer, conform, read_footer, read_segment
+from entropylens.store.segments import Footer, read_footer, read_segment
 from entropylens.store.status import RankStatus, load_status
 from entropylens.store.tail import read_tail
 
@@ -159,8 +159,13 @@ class Run:
         return [status for status in found if status is not None]
 
     def state(self) -> str:
-        """finished, running, stalled, terminated, crashed, failed, or unknown: the worst rank's."""
-        states = {status.seen_state() for status in self.status()}
+        """finished, running, stalled, terminated, crashed, failed, or unknown.
+
+        The worst of the ranks that take part in the newest attempt.
+        """
+        found = self.status()
+        newest = max((status.attempt for status in found), default=0)
+        states = {status.seen_state() for status in found if status.attempt == newest}
         return next((state for state in _WORST_FIRST if state in states), "unknown")
 
     def metrics(
@@ -263,9 +268,8 @@ class Run:
         else:
             raise EntropyLensError(f"Run: files of {self.path / table} keep vanishing")
         self._warn(found.notes)
-        tails = [conform(rows, table) for _, _, rows in found.tails]
-        empty = SCHEMAS[table].empty_table()
-        return [path for path, _ in found.segments], pa.concat_tables([empty, *tails])
+        rows = [SCHEMAS[table].empty_table(), *(rows for _, _, rows in found.tails)]
+        return [path for path, _ in found.segments], pa.concat_tables(rows)
 
     # -- from files to rows ----------------------------------------------------------------------
 
@@ -289,9 +293,10 @@ class Run:
             parts.append(_filtered(rows.slice(skip), condition) if skip else rows)
         for rank, first, rows in found.tails:
             skip = min(max(start.get(rank, 0) - first, 0), rows.num_rows)
-            parts.append(_filtered(conform(rows, table).slice(skip), condition))
+            parts.append(_filtered(rows.slice(skip), condition))
         self._warn(notes)
-        ends = {**start, **found.next_rows()}
+        ends = found.next_rows()
+        ends |= {rank: max(ends.get(rank, 0), end) for rank, end in start.items()}
         cursor = Cursor(self.run_id, table, epoch, tuple(sorted(ends.items())))
         return Rows(pa.concat_tables(parts), cursor, since is not None and fresh, notes)
 
@@ -301,7 +306,7 @@ class Run:
         tails = []
         for rank, path in self._layout.tails(table).items():
             try:
-                found = read_tail(path)
+                found = read_tail(path, table)
             except ValueError as error:
                 notes.append(f"skipped: {error}")
                 continue
@@ -318,7 +323,7 @@ class Run:
             except ValueError as error:
                 notes.append(f"skipped: {error}")
                 continue
-            if footer.run_id != self.run_id or footer.table != table:
+            if not footer.is_of(self.run_id, table):
                 notes.append(f"skipped: {path} belongs to another run or table")
                 continue
             segments.append((path, footer))

@@ -1,5 +1,7 @@
 """Resuming from an earlier step: what was logged beyond it makes way."""
 
+from typing import Any
+
 import pyarrow.compute as pc
 
 from entropylens.records import SCHEMAS
@@ -15,7 +17,8 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
 
     Of each segment the copy in ``superseded/`` is complete before the segment is replaced, so that
     a kill in between loses nothing and doing it again ends the same. A segment of which nothing
-    stays is replaced by an empty one: ordinals of rows are never used twice.
+    stays is replaced by an empty one: ordinals of rows are never used twice. Rows without a step
+    stay; the pyramid, which would show what has gone, does not.
 
     Args:
         layout: Of the run.
@@ -24,6 +27,7 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
         step: The last optimiser step that stays.
     """
     seal_abandoned(layout, run_id, rank)
+    layout.pyramid.unlink(missing_ok=True)
     for table in SCHEMAS:
         for path in layout.segments(table, rank):
             try:
@@ -31,11 +35,13 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
                 rows = read_segment(path, table)
             except ValueError:
                 continue
-            late = pc.greater(rows["step"], step)
+            if not footer.is_of(run_id, table):
+                continue
+            late = pc.fill_null(pc.greater(rows["step"], step), False)
             gone = rows.filter(late)
             if gone.num_rows == 0:
                 continue
-            facts = {
+            facts: dict[str, Any] = {
                 "run_id": run_id,
                 "table": table,
                 "rank": rank,

@@ -27,6 +27,10 @@ class Footer:
     generation: int
     rows: int
 
+    def is_of(self, run_id: str, table: str) -> bool:
+        """Whether the segment belongs to this table of this run."""
+        return (self.run_id, self.table) == (run_id, table)
+
 
 def write_segment(
     path: Path,
@@ -140,11 +144,18 @@ def read_segment(path: Path, table: str, condition: Any = None) -> pa.Table:
 
 
 def conform(rows: pa.Table, table: str) -> pa.Table:
-    """The columns we know, by name, in our order; those it lacks are null."""
+    """The columns we know, by name, in our order; those it lacks are null.
+
+    Raises:
+        ValueError: A column is there twice, or of a type that does not become ours.
+    """
     columns = []
-    for field in SCHEMAS[table]:
-        if field.name in rows.column_names:
-            columns.append(rows[field.name].cast(field.type))
-        else:
-            columns.append(pa.nulls(rows.num_rows, field.type))
-    return pa.table(columns, schema=SCHEMAS[table])
+    try:
+        for field in SCHEMAS[table]:
+            if field.name in rows.column_names:
+                columns.append(rows[field.name].cast(field.type))
+            else:
+                columns.append(pa.nulls(rows.num_rows, field.type))
+        return pa.table(columns, schema=SCHEMAS[table])
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"columns of {table}: {error}") from None

@@ -1,14 +1,23 @@
 """The tail: rows that no segment holds yet, as an Arrow stream that is only appended to."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import pyarrow as pa
 
 from entropylens.store.layout import publish, temporary
+from entropylens.store.segments import conform
 
 __all__ = ["Tail", "TailRows", "read_tail"]
+
+
+_TORN: Final = re.compile(r"only \d+ bytes available|[Ee]xpected .*read")
+"""How Arrow names the prefix of a message, which a kill in the middle of a write leaves."""
+_MESSAGE: Final = re.compile(rb"\xff{4}..[\x00-\x0f]\x00", re.DOTALL)
+"""How an Arrow message may begin: a marker and the length of its metadata."""
 
 
 class Tail:
@@ -29,14 +38,20 @@ class Tail:
         self._length = len(header)
         self.rows = 0
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody removed or moved the file: nobody would find what is appended."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+
     def append(self, batch: pa.RecordBatch) -> None:
         """Append a batch whole, or leave the file as it was.
 
         Raises:
-            OSError: The disk is full, or the file was removed.
+            OSError: The disk is full.
         """
-        if os.fstat(self._descriptor).st_nlink == 0:
-            raise FileNotFoundError(f"{self.path} was removed while it was written")
         message = batch.serialize()
         try:
             written = os.write(self._descriptor, message)
@@ -70,8 +85,8 @@ class TailRows:
         return int(self.metadata["first_row"])
 
 
-def read_tail(path: Path) -> TailRows:
-    """Read whole batches up to the first that is torn.
+def read_tail(path: Path, table: str) -> TailRows:
+    """Read whole batches up to the first that is torn, with the table's present schema.
 
     Raises:
         FileNotFoundError: It is gone: sealed, resumed or merged meanwhile.
@@ -79,24 +94,39 @@ def read_tail(path: Path) -> TailRows:
     """
     content = path.read_bytes()
     try:
-        stream = pa.ipc.open_stream(content)
+        source = pa.BufferReader(content)
+        stream = pa.ipc.open_stream(source)
         metadata = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
         int(metadata["first_row"])
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+        batches, damage = _whole_batches(content, source, stream)
+        rows = conform(pa.Table.from_batches(batches, schema=stream.schema), table)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no tail of a run: {error}") from None
-    batches, damage = [], None
+    return TailRows(rows, metadata, damage)
+
+
+def _whole_batches(
+    content: bytes, source: pa.BufferReader, stream: pa.RecordBatchReader
+) -> tuple[list[pa.RecordBatch], str | None]:
+    batches: list[pa.RecordBatch] = []
     while True:
+        start = source.tell()
         try:
             batch = stream.read_next_batch()
             batch.validate(full=True)
         except StopIteration:
-            break
-        except (pa.ArrowInvalid, OSError) as error:
-            # A kill in the middle of a write leaves a prefix of a message: an unexpected end.
-            text = str(error)
-            damage = None if "xpected" in text and "read" in text else text
-            break
+            return batches, None
+        except (pa.ArrowException, OSError) as error:
+            torn = _TORN.search(str(error)) and not _holds_message(content[start + 1 :])
+            return batches, None if torn else str(error)
         batches.append(batch)
-    schema = stream.schema.remove_metadata()
-    table = pa.Table.from_batches(batches, schema=stream.schema).cast(schema)
-    return TailRows(table, metadata, damage)
+
+
+def _holds_message(rest: bytes) -> bool:
+    for found in _MESSAGE.finditer(rest):
+        try:
+            pa.ipc.read_message(pa.py_buffer(rest)[found.start() :])
+            return True
+        except (pa.ArrowException, OSError, EOFError):
+            continue
+    return False

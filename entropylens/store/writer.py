@@ -11,6 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -22,9 +24,15 @@ from entropylens.records import FORMAT_VERSION, SCHEMAS
 from entropylens.store.batches import record_batch, row_count
 from entropylens.store.compact import repair
 from entropylens.store.layout import Layout
-from entropylens.store.manifest import add_attempt, load_manifest, new_manifest, save_manifest
+from entropylens.store.manifest import (
+    add_attempt,
+    load_manifest,
+    new_manifest,
+    plain,
+    save_manifest,
+)
 from entropylens.store.resume import rewind
-from entropylens.store.seal import covered_rows, seal_tail
+from entropylens.store.seal import covered_rows, seal_abandoned, seal_tail
 from entropylens.store.status import Claim, RankStatus, load_status
 from entropylens.store.tail import Tail
 
@@ -85,36 +93,31 @@ class RunWriter:
         """Called before the last rows are written because the process is told to end."""
         self._flush_seconds, self._seal_seconds = flush_seconds, seal_seconds
         self._seal_rows, self._queue_rows = seal_rows, queue_rows
-        root = _checked(run_dir)
-        try:
-            self._layout, self._claim = _claim(root, rank, resume_step)
-            self._manifest = self._open(name or root.name, world_size, config, resume_step)
-        except OSError as error:
-            raise EntropyLensError(
-                f"RunWriter: expected to write into {root}, got {error}; choose another run_dir"
-            ) from None
-        self.attempt = len(self._manifest["attempts"]) - 1
-        self._status = RankStatus(self._manifest["run_id"], rank, self.attempt, step=self.step)
-        self._status.save(self._layout)
         self._queue: deque[tuple[str, float, Mapping[str, Any], int]] = deque()
         self._backlog: dict[str, deque[pa.RecordBatch]] = {table: deque() for table in SCHEMAS}
         self._entered, self._left, self._lost = 0, 0, 0
         self._faults: dict[str, int] = {}
         self._tails: dict[str, Tail] = {}
-        self._next_row = {t: covered_rows(self._layout, t, rank) for t in SCHEMAS}
-        self._covered = dict(self._next_row)
         self._seal_at: dict[str, float] = {}
-        self._commands: SimpleQueue[tuple[str, threading.Event]] = SimpleQueue()
+        self._commands: SimpleQueue[tuple[str, Future[bool]]] = SimpleQueue()
         self._end: tuple[str, str] | None = None
         self._pid = os.getpid()
         self._old_error = getattr(sys, "last_value", None)
-        self.event(
-            "run/resume" if self.attempt else "run/start",
-            f"attempt {self.attempt}, process {self._pid} on {self._status.host}",
-            step=self.step,
-        )
+        root = _checked(run_dir)
+        try:
+            self._layout, self._claim = _claim(root, rank, resume_step)
+            try:
+                self._begin(name or root.name, world_size, config, resume_step)
+            except BaseException:
+                self._claim.release()
+                raise
+        except OSError as error:
+            raise EntropyLensError(
+                f"RunWriter: expected to write into {root}, got {error}; choose another run_dir"
+            ) from None
         self._thread = threading.Thread(target=self._run, name="entropylens-writer", daemon=True)
         self._thread.start()
+        self._old_handler: Any = None
         self._old_handler = _install(self._on_sigterm)
         atexit.register(self._at_exit)
 
@@ -172,7 +175,11 @@ class RunWriter:
             after: The value after it.
             mode: shadow or enforce, of a controller.
         """
-        text = None if evidence is None else json.dumps(dict(evidence), default=repr)
+        try:
+            text = None if evidence is None else json.dumps(plain(evidence))
+        except Exception as error:
+            text = None
+            self.fault(f"evidence of {kind}", error)
         row = {"kind": kind, "message": message, "step": step, "phase": phase, "mode": mode}
         more = {"severity": severity, "rule": rule, "before": before, "after": after}
         self.write("events", {**row, **more, "evidence": text})
@@ -193,7 +200,7 @@ class RunWriter:
             )
 
     def flush(self, timeout: float = JOIN_SECONDS) -> bool:
-        """Wait until the rows queued so far are in their tails; whether they are."""
+        """Wait until the rows queued so far are in files; False if the disk did not take them."""
         return self._ask("flush", timeout)
 
     def close(self, state: str = "finished", reason: str = "") -> None:
@@ -211,12 +218,28 @@ class RunWriter:
             message = reason or f"the run {state} at step {self.step}"
             self.event(f"run/{kind}", message, step=self.step, severity=severity)
             self._end = (state, reason)
-            self._commands.put(("close", threading.Event()))
-            atexit.unregister(self._at_exit)
-            _uninstall(self._on_sigterm, self._old_handler)
+            self._commands.put(("close", Future()))
         self._thread.join(JOIN_SECONDS)
+        atexit.unregister(self._at_exit)
+        _uninstall(self._on_sigterm, self._old_handler)
 
     # -- opening ---------------------------------------------------------------------------------
+
+    def _begin(
+        self, name: str, world_size: int, config: Mapping[str, Any] | None, resume: int | None
+    ) -> None:
+        self._manifest = self._open(name, world_size, config, resume)
+        run_id, self.attempt = self._manifest["run_id"], len(self._manifest["attempts"]) - 1
+        self._next_row = {t: covered_rows(self._layout, run_id, t, self.rank) for t in SCHEMAS}
+        self._covered = dict(self._next_row)
+        self._status = RankStatus(run_id, self.rank, self.attempt, step=self.step)
+        self._status.save(self._layout)
+        self.event(
+            "run/resume" if self.attempt else "run/start",
+            f"attempt {self.attempt}, process {self._pid} on {self._status.host}",
+            step=self.step,
+        )
+        self._drain()  # pyarrow imports pandas at its first row, which fails when Python is ending
 
     def _open(
         self, name: str, world_size: int, config: Mapping[str, Any] | None, resume: int | None
@@ -226,14 +249,18 @@ class RunWriter:
             manifest = _wait_for_rank_zero(layout, resume or 0)
             if len(manifest["attempts"]) > 1:
                 rewind(layout, manifest["run_id"], self.rank, resume or 0)
+            else:
+                seal_abandoned(layout, manifest["run_id"], self.rank)
             return manifest
         if layout.manifest.exists():
             manifest = load_manifest(layout.root)
             repair(layout, manifest["run_id"])
             rewind(layout, manifest["run_id"], self.rank, resume or 0)
+            _rewind_gone(layout, manifest["run_id"], world_size, resume or 0)
             manifest["world_size"], manifest["config"] = world_size, dict(config or {})
         else:
             manifest = new_manifest(name, world_size, config)
+            seal_abandoned(layout, manifest["run_id"], self.rank)
         add_attempt(manifest, resume or 0, world_size)
         save_manifest(layout, manifest)
         return manifest
@@ -251,8 +278,11 @@ class RunWriter:
     def _on_sigterm(self, number: int, frame: Any) -> None:
         previous = self._old_handler
         if os.getpid() == self._pid:
-            if self.before_exit is not None:
-                self.before_exit()
+            try:
+                if self.before_exit is not None:
+                    self.before_exit()
+            except Exception as error:
+                self.fault("before exit", error)
             if callable(previous):
                 self.event("run/signal", "SIGTERM", step=self.step, severity="warning")
                 self._ask("seal", JOIN_SECONDS)
@@ -269,9 +299,12 @@ class RunWriter:
     def _ask(self, what: str, timeout: float) -> bool:
         if self._end is not None or os.getpid() != self._pid:
             return False
-        done = threading.Event()
+        done: Future[bool] = Future()
         self._commands.put((what, done))
-        return done.wait(timeout)
+        try:
+            return done.result(timeout)
+        except TimeoutError:
+            return False
 
     def _run(self) -> None:
         what = "flush"
@@ -279,18 +312,19 @@ class RunWriter:
             try:
                 what, done = self._commands.get(timeout=self._flush_seconds)
             except Empty:
-                what, done = "flush", threading.Event()
+                what, done = "flush", Future()
+            written = False
             try:
-                self._drain()
+                written = self._drain()
                 self._seal(everything=what != "flush")
                 self._beat(leave=what == "close")
             except Exception as error:
                 self.fault("writer", error)
             self.cpu_seconds = time.thread_time()
-            done.set()
+            done.set_result(written)
         self._claim.release()
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
         """Queue to batches to tails; what a tail does not take is kept for the next time."""
         grouped: dict[str, list[pa.RecordBatch]] = {}
         while self._queue:
@@ -298,7 +332,7 @@ class RunWriter:
             try:
                 batch = record_batch(table, columns, rows, self.rank, self.attempt, now)
                 grouped.setdefault(table, []).append(batch)
-            except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
+            except Exception as error:
                 self._left += rows
                 self._lost += rows
                 self.fault(f"rows of {table}", error)
@@ -307,16 +341,16 @@ class RunWriter:
         for table, backlog in self._backlog.items():
             while backlog and self._append(table, backlog[0]):
                 self._left += backlog.popleft().num_rows
+        return not any(self._backlog.values())
 
     def _append(self, table: str, batch: pa.RecordBatch) -> bool:
         try:
+            self._forget_removed(table)
             if table not in self._tails:
                 self._tails[table] = self._new_tail(table)
             self._tails[table].append(batch)
         except OSError as error:
             self.fault(f"tail of {table}", error)
-            if isinstance(error, FileNotFoundError):
-                self._forget_removed(table)
             return False
         self._next_row[table] += batch.num_rows
         self._status.rows[table] = self._status.rows.get(table, 0) + batch.num_rows
@@ -335,9 +369,11 @@ class RunWriter:
         return Tail(path, SCHEMAS[table].with_metadata(facts))
 
     def _forget_removed(self, table: str) -> None:
-        """Somebody removed the directory: what comes from here on can still be read."""
-        if table in self._tails:
-            self._tails.pop(table).close()
+        """Where somebody removed the directory, what comes from here on can still be read."""
+        if table in self._tails and self._tails[table].is_gone:
+            tail = self._tails.pop(table)
+            tail.close()
+            self.fault(f"tail of {table}", FileNotFoundError(f"{tail.path} was removed"))
         if self.rank == 0 and not self._layout.manifest.exists():
             save_manifest(self._layout, self._manifest)
 
@@ -348,6 +384,9 @@ class RunWriter:
             if not (due or everything):
                 continue
             try:
+                self._forget_removed(table)
+                if table not in self._tails:
+                    continue
                 covered = seal_tail(
                     self._layout,
                     self._manifest["run_id"],
@@ -356,7 +395,10 @@ class RunWriter:
                     self._covered[table],
                     sync=everything,
                 )
-                self._covered[table] = covered
+                if missing := self._next_row[table] - covered:
+                    self._lost += missing
+                    self.fault(f"tail of {table}", RuntimeError(f"{missing} rows are damaged"))
+                self._covered[table] = self._next_row[table]
                 self._replace_tail(table, remove=everything)
                 self._seal_at.pop(table, None)
             except (OSError, ValueError, pa.ArrowException) as error:
@@ -422,11 +464,22 @@ def _claim(root: Path, rank: int, resume_step: int | None) -> tuple[Layout, Clai
     return Layout(free), Claim(Layout(free), rank)
 
 
+def _rewind_gone(layout: Layout, run_id: str, world_size: int, step: int) -> None:
+    """Rewind ranks that the run no longer has; one that is alive rewinds itself."""
+    for rank in layout.ranks():
+        if rank >= world_size:
+            with suppress(EntropyLensError):
+                claim = Claim(layout, rank)
+                rewind(layout, run_id, rank, step)
+                claim.release()
+
+
 def _wait_for_rank_zero(layout: Layout, start_step: int) -> dict[str, Any]:
-    deadline = time.monotonic() + JOIN_SECONDS
+    deadline, before = time.monotonic() + JOIN_SECONDS, load_status(layout.status(0))
     while time.monotonic() < deadline:
         status = load_status(layout.status(0))
-        if status is not None and status.seen_state() == "running":
+        is_new = status is not None and (before is None or status.attempt > before.attempt)
+        if status is not None and (is_new or status.seen_state() == "running"):
             manifest = load_manifest(layout.root)
             newest = manifest["attempts"][-1]
             if newest["start_step"] == start_step and newest["attempt"] == status.attempt:
