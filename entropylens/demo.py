@@ -71,9 +71,11 @@ def _clear(out: Path) -> None:
     if not out.exists():
         return
     run = open_run(out) if (out / "run.json").exists() else None
-    if run is None or not run.config.get("user", {}).get("demo"):
+    ours = run is not None and run.config.get("user", {}).get("demo")
+    if run is None or not ours or run.state() in ("running", "stalled"):
         raise EntropyLensError(
-            f"demo: expected {out} to be free or an earlier demo's, got something else; "
+            f"demo: expected {out} to be free or an earlier demo's that has ended, got something "
+            f"else; "
             f"choose another folder with --out"
         )
     shutil.rmtree(out)

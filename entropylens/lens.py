@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter, time
 from types import TracebackType
@@ -63,7 +64,9 @@ class Lens:
             interval in steps, or False (off).
         max_overhead: Share of wall time we may take; rows, then intervals, give way when it is
             exceeded. None never thins.
-        rows: Tokens measured a step at most; by default the preset's; None is all.
+        rows: Tokens measured a step at most; by default the preset's; None is all. Of several
+            micro-batches each gives its share, at least 16, from the second measured step on; in
+            the first their number is not known, and each gives so many.
         resume_step: Continue an existing run after this optimiser step: what it logged beyond is
             moved to ``superseded/``.
         name: Shown for the run; by default the directory's name.
@@ -102,7 +105,7 @@ class Lens:
         chosen = check_preset("Lens", preset)
         if isinstance(rows, str):
             rows = ROWS[check_preset("Lens: rows", chosen if rows == "preset" else rows)]
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"Lens: expected a temperature > 0, got {temperature}")
         schedules = resolve_schedules(chosen, diagnostics or {})
         budget = Budget(max_overhead, rows)
@@ -130,23 +133,31 @@ class Lens:
         )
         self._device = _device_of(model)
         self._session = Session(writer, schedules, budget, self._device, decode)
+        self._handles: list[Any] = []
         self._temperature, self._seed = temperature, seed + 1_000_003 * writer.rank
         self._generators: dict[torch.device, torch.Generator] = {}
         self._step = resume_step or 0
-        seen = self._restore_tokens(writer) if resume_step else 0
-        self._tokens_seen = torch.tensor(seen)
         self._shown = False
         self._phase = Phase.TRAIN
         self._micro_batches = 1
         self._mark = perf_counter()
         self.reads_loss = True
         self._begin()
-        self._handles: list[Any] = []
+        with ExitStack() as undo:
+            undo.callback(self.close, "failed", "Lens could not be attached")
+            self._tokens_seen = torch.tensor(self._restore_tokens(writer) if resume_step else 0)
+            self._attach(model, taps)
+            undo.pop_all()
+
+    def _attach(self, model: nn.Module | None, optimizer: Any) -> None:
+        aside = self._session.aside
         if model is not None:
-            self._handles.append(tap_forward(model, self._on_forward))
-        if taps is not None:
+            self._handles.append(
+                tap_forward(model, self._on_forward, aside, lambda: self.next_labels)
+            )
+        if optimizer is not None:
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
-            self._handles.append(OptimizerTap(taps, self, names, self._session.aside))
+            self._handles.append(OptimizerTap(optimizer, self, names, aside))
 
     # -- what a loop calls -------------------------------------------------------------------
 
@@ -173,15 +184,17 @@ class Lens:
     ) -> None:
         """Show one micro-batch; call it once for each before `step`.
 
-        From the first logits passed here on, the model's own outputs are no longer read by a hook.
+        From the first logits passed here on, the model's own outputs are no longer read by a hook;
+        from the first loss on, neither are its losses.
 
         Args:
             logits: ``[..., V]``, any floating dtype, before the loss's temperature.
-            targets: ``[...]`` integers; negative ones are masked.
+            targets: ``[...]`` integers; one that is negative or not below V is masked.
             mask: ``[...]``, true where a target is scored.
             loss: ``[]``, this micro-batch's loss; the step's is their mean.
-            sample_id: One identifier for each entry of the first axis.
-            shift: Score position t of the logits on target t + 1.
+            sample_id: One identifier for each entry of the first axis; without logits, of the
+                micro-batch that the hook read last.
+            shift: Score position t of the logits ``[B, T, V]`` on target t + 1.
             loss_is_sum: The loss is this micro-batch's share of the step's, to be added up, not a
                 mean of its own.
 
@@ -249,11 +262,15 @@ class Lens:
             ValueError: In the first step only: a name of another form. Later it is a counted fault.
         """
         stamp = Stamp(self._step if step is None else step, time(), phase or self._phase)
-        self._session.aside("log", lambda: self._log(values, source, stamp), raises=True)
+        for name, value in values.items():
+            work = partial(self._log, f"{source}/{name}", value, stamp)
+            self._session.aside("log", work, raises=True)
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Write a row to the events table; ``fields`` as in the log format."""
-        self._session.writer.event(kind, message, **{"step": self._step, **fields})
+        row = {"step": self._step, **fields}
+        write = partial(self._session.writer.event, kind, message, **row)
+        self._session.aside("event", write, raises=True)
 
     def restart_clock(self) -> None:
         """Leave the time since the last step out of the next one: evaluation, a checkpoint."""
@@ -291,19 +308,19 @@ class Lens:
 
     def take(self, reads: str, reading: Any) -> None:
         """Measure a reading of the step in progress."""
-        self._session.measure(reads, reading, Stamp(self._step + 1, time(), Phase.TRAIN))
+        self._session.measure(reads, lambda: reading)
 
-    def take_learning_rates(self, rates: list[float]) -> None:
+    def take_learning_rates(self, rates: list[Tensor | float]) -> None:
         """Remember the rates of the step in progress."""
-        self._open.learning_rates.extend(rates)
+        self._open.learning_rates = rates
 
-    def take_gradient_norm(self, norm: Tensor) -> None:
+    def take_gradient_norm(self, norm: Tensor | float | None) -> None:
         """Remember the norm before clipping of the step in progress."""
-        self._open.gradient_norm = norm.detach()
+        self._open.gradient_norm = norm.detach() if isinstance(norm, Tensor) else norm
 
     def _on_forward(self, forward: Forward) -> None:
-        if not self._shown:
-            self._session.aside("forward hook", lambda: self._take_forward(forward))
+        if not self._shown and self._phase is Phase.TRAIN:
+            self._take_forward(forward)
 
     # -- within a step -----------------------------------------------------------------------
 
@@ -311,6 +328,7 @@ class Lens:
         self._session.begin_step(self._step + 1)
         self._open = MicroBatches()
         self.next_sample_ids: Sequence[Any] | None = None
+        self.next_labels: Tensor | None = None
 
     def _observe(
         self,
@@ -326,23 +344,36 @@ class Lens:
             given, missing = ("logits", "targets") if targets is None else ("targets", "logits")
             raise ValueError(f"Lens.observe: expected logits and targets together, got {given} "
                              f"without {missing}")  # fmt: skip
-        if loss is not None and self._session.wants("step"):
-            self._open.add_loss(loss, is_sum=loss_is_sum)
+        if loss is not None:
+            self._show_loss(loss, loss_is_sum)
         if logits is None or targets is None:
+            self._open.name_last(identifiers(sample_id))
             return
         if not self._shown:
             self._shown = True
             self._open.drop_tokens()
         if shift:
+            if logits.ndim != 3 or targets.ndim != 2:
+                raise ValueError(
+                    f"Lens.observe: expected logits [B, T, V] and targets [B, T] to shift, got "
+                    f"shapes {tuple(logits.shape)} and {tuple(targets.shape)}"
+                )
             logits, targets = logits[:, :-1], targets[:, 1:]
             mask = None if mask is None else mask[:, 1:]
         self._take_tokens(logits, targets, mask, sample_id)
+
+    def _show_loss(self, loss: Tensor, is_sum: bool) -> None:
+        if self.reads_loss:
+            self.reads_loss = False
+            self._open.losses.clear()
+        if self._session.wants("step"):
+            self._open.add_loss(loss, is_sum=is_sum)
 
     def _take_forward(self, forward: Forward) -> None:
         if self.reads_loss and forward.loss is not None and self._session.wants("step"):
             self._open.add_loss(forward.loss, is_sum=forward.loss_is_sum)
         if forward.logits is not None and forward.targets is not None:
-            ids, self.next_sample_ids = self.next_sample_ids, None
+            ids, self.next_sample_ids, self.next_labels = self.next_sample_ids, None, None
             self._take_tokens(forward.logits, forward.targets, None, ids)
 
     def _take_tokens(
@@ -382,18 +413,20 @@ class Lens:
         opened, session = self._open, self._session
         number = self._step + 1 if step is None else step
         stamp = Stamp(number, time(), Phase.TRAIN)
-        if opened.tokens is not None:
-            self._tokens_seen = self._tokens_seen + opened.tokens
-        if opened.measured:
-            self._micro_batches = opened.measured
-            session.measure("tokens", opened.reading(), stamp)
-        if session.wants("step"):
-            norm = opened.gradient_norm if norm is None else norm
-            session.measure("step", self._step_reading(loss, norm, now - self._mark), stamp)
-        self._step = number
-        session.end_step(number, opened.slots)
-        self._begin()
-        self._mark = now
+        try:
+            if opened.tokens is not None:
+                self._tokens_seen = self._tokens_seen + opened.tokens
+            if opened.measured:
+                self._micro_batches = opened.measured
+                session.measure("tokens", opened.reading)
+            if session.wants("step"):
+                norm = opened.gradient_norm if norm is None else norm
+                seconds = now - self._mark
+                session.measure("step", lambda: self._step_reading(loss, norm, seconds))
+        finally:
+            self._step, self._mark = number, now
+            session.end_step(stamp, opened.slots)
+            self._begin()
 
     def _step_reading(
         self, loss: Tensor | float | None, norm: Tensor | float | None, seconds: float
@@ -421,14 +454,13 @@ class Lens:
             widening=session.budget.widening if reviewed else None,
         )
 
-    def _log(self, values: Mapping[str, Tensor | float], source: str, stamp: Stamp) -> None:
-        for name, value in values.items():
-            full = check_metric_name("Lens.log", f"{source}/{name}")
-            if isinstance(value, Tensor):
-                block = Block.metrics([full], value.detach().clone().reshape(1))
-            else:
-                block = Block("metrics", {"name": [full], "value": [float(value)]})
-            self._session.add(block, stamp)
+    def _log(self, name: str, value: Tensor | float, stamp: Stamp) -> None:
+        check_metric_name("Lens.log", name)
+        if isinstance(value, Tensor):
+            block = Block.metrics([name], value.detach().clone().reshape(1))
+        else:
+            block = Block("metrics", {"name": [name], "value": [float(value)]})
+        self._session.add(block, stamp)
 
     def _restore_tokens(self, writer: RunWriter) -> int:
         """Tokens that this rank had seen by the step it resumes from, as its log says."""

@@ -171,7 +171,7 @@ class StepReading:
     loss: Tensor | None = None
     """``[]`` mean loss of the step as the trainer defines it."""
     gradient_norm_before_clip: Tensor | float | None = None
-    learning_rates: Sequence[float] = ()
+    learning_rates: Sequence[Tensor | float] = ()
     """One for each parameter group, as used by this step."""
     tokens: Tensor | None = None
     """``[]`` scored tokens of this step on this rank."""
@@ -308,7 +308,8 @@ def resolve_schedules(
 
     Args:
         preset: A name of `entropylens.schedule.PRESETS`.
-        chosen: What differs from it: a `Schedule`, an interval in steps, False for off.
+        chosen: What differs from it: a `Schedule`, an interval in steps, False for off, True for on
+            (where the preset has it off, as in the first preset that has it on).
 
     Returns:
         Schedules by diagnostic; those that are off are left out.
@@ -333,6 +334,8 @@ def resolve_schedules(
             schedule = Schedule(0)
         elif wanted is not True:
             schedule = Schedule(wanted, max(wanted, schedule.floor))
+        elif name in chosen and not schedule.every:
+            schedule = next(s for s in map(found.schedules.get, PRESETS) if s and s.every)
         if schedule.every:
             schedules[name] = schedule
     return schedules

@@ -12,7 +12,7 @@ import torch
 
 from entropylens.budget import Budget
 from entropylens.capture.device import DeviceClock
-from entropylens.registry import Diagnostic, all_diagnostics
+from entropylens.registry import Block, Diagnostic, all_diagnostics
 from entropylens.schedule import Schedule
 from entropylens.store.writer import RunWriter
 from entropylens.transfer import Stamp, Transfer
@@ -54,9 +54,10 @@ class Session:
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
         self._due: dict[str, list[Diagnostic]] = {}
         self._transfer = Transfer(self._deliver)
+        self._measured: list[tuple[str, Block]] = []
         self._flushed = perf_counter()
         self._decode = decode
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, str | None] = {}
         self._steps_done = 0
         self._closed = False
         atexit.register(self._drain)
@@ -100,31 +101,45 @@ class Session:
         finally:
             self.budget.spend(perf_counter() - started)
 
-    def measure(self, reads: str, reading: Any, stamp: Stamp) -> None:
-        """Measure what is due on a reading; a diagnostic that raises does not stop the others."""
+    def measure(self, reads: str, take_reading: Callable[[], Any]) -> None:
+        """Measure what is due on a reading; what raises is left out and does not stop the rest.
+
+        The rows bear the number of the step in progress, which `end_step` tells.
+        """
+        due = self._due.get(reads, [])
         self.clock.start()
-        for found in self._due.get(reads, []):
+        try:
+            reading = take_reading() if due else None
+        except Exception as error:
+            self.writer.fault(f"reading {reads}", error)
+            due = []
+        for found in due:
             try:
                 blocks, self._states[found.name] = found.measure(reading, self._states[found.name])
             except Exception as error:
                 self.writer.fault(f"diagnostic {found.name}", error)
                 continue
-            for block in blocks:
-                self._transfer.add(block, stamp)
+            self._measured += [(found.name, block) for block in blocks]
         self.clock.stop()
 
-    def add(self, block: Any, stamp: Stamp) -> None:
+    def add(self, block: Block, stamp: Stamp) -> None:
         """Hand on a block that no diagnostic made."""
         self._transfer.add(block, stamp)
 
-    def end_step(self, number: int, slots: int) -> None:
-        """Close step ``number``: review the budget and flush when it is time.
+    def end_step(self, stamp: Stamp, slots: int) -> None:
+        """Close a step: queue its rows, review the budget and flush when it is time.
 
         Args:
-            number: Of the step.
+            stamp: Of all rows measured in the step.
             slots: Token positions of the step, known from shapes.
         """
-        self.writer.step = number
+        self.writer.step = number = stamp.step
+        measured, self._measured = self._measured, []
+        for name, block in measured:
+            try:
+                self._transfer.add(block, stamp)
+            except TypeError as error:
+                self.writer.fault(f"diagnostic {name}", error)
         self.budget.spend(self.clock.collect())
         review = self.budget.end_step(self.writer.cpu_seconds, slots)
         if review is not None:
@@ -144,7 +159,10 @@ class Session:
         now = perf_counter()
         if now - self._flushed >= FLUSH_SECONDS or len(self._transfer) >= FLUSH_BLOCKS:
             self._flushed = now
-            self._transfer.flush()
+            try:
+                self._transfer.flush()
+            except Exception as error:
+                self.writer.fault("transfer", error)
 
     def count_step(self) -> None:
         """A step is over: from now on nothing is a setup error."""
@@ -174,5 +192,9 @@ class Session:
 
     def _text(self, token: int) -> str | None:
         if token not in self._texts and self._decode is not None:
-            self._texts[token] = self._decode(token)
+            try:
+                self._texts[token] = self._decode(token)
+            except Exception as error:
+                self._texts[token] = None
+                self.writer.fault("decode", error)
         return self._texts.get(token)

@@ -46,7 +46,17 @@ class Transfer:
         return len(self._pending)
 
     def add(self, block: Block, stamp: Stamp) -> None:
-        """Queue a block; its tensors must not be changed in place afterwards."""
+        """Queue a block; its tensors must not be changed in place afterwards.
+
+        Raises:
+            TypeError: A sharded tensor, which only all ranks together could read.
+        """
+        for tensor in _tensors(block):
+            if hasattr(tensor, "full_tensor"):
+                raise TypeError(
+                    f"Transfer: expected plain tensors, got a {type(tensor).__name__} in table "
+                    f"{block.table}; reduce it on all ranks first"
+                )
         self._pending.append((block, stamp))
 
     def flush(self, *, wait: bool = False) -> None:
@@ -74,7 +84,9 @@ class _Flight:
         kinds = sorted(tensors.values(), key=_kind)
         for _, group in groupby(kinds, key=_kind):
             members = list(group)
-            flat = self._copy(torch.cat([t.detach().reshape(-1) for t in members]))
+            flat = torch.cat([t.detach().reshape(-1) for t in members])
+            # numpy has no bfloat16.
+            flat = self._copy(flat.float() if flat.dtype == torch.bfloat16 else flat)
             parts = flat.split([t.numel() for t in members])
             self._host.update(zip(map(id, members), parts, strict=True))
 

@@ -289,9 +289,14 @@ def test_a_diagnostic_that_raises_is_counted_and_the_rest_goes_on(
 
 def test_an_exception_in_the_loop_seals_the_log_and_goes_on_up(tmp_path: Path) -> None:
     model = Model()
-    with pytest.raises(KeyError), el.Lens(model, run_dir=tmp_path / "run") as lens:
-        lens.step(1.0)
-        raise KeyError("lost")
+
+    def loop() -> None:
+        with el.Lens(model, run_dir=tmp_path / "run") as lens:
+            lens.step(1.0)
+            raise KeyError("lost")
+
+    with pytest.raises(KeyError):
+        loop()
     run = el.open_run(tmp_path / "run")
     assert run.state() == "failed"
     assert series(run, "loss/mean") == {1: 1.0}
@@ -383,3 +388,172 @@ def test_a_name_that_the_log_does_not_take_is_refused(tmp_path: Path) -> None:
         lens.step(1.0)
         lens.log({"My Metric": 1.0})
     assert sum(el.open_run(tmp_path / "run").status()[0].faults.values()) == 1
+
+
+def zeros(*shape: int) -> dict[str, Tensor]:
+    return {"logits": torch.zeros(*shape), "targets": torch.zeros(*shape[:-1], dtype=torch.long)}
+
+
+def test_bfloat16_scalars_are_written_and_spoil_no_other_row(tmp_path: Path) -> None:
+    half = torch.tensor(1.5, dtype=torch.bfloat16)
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        lens.step(half, gradient_norm=2 * half, **zeros(2, 3, 5))
+        lens.log({"half": half})
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "loss/mean") == {1: 1.5}
+    assert series(run, "gradient/norm/before_clip") == {1: 3.0}
+    assert series(run, "user/half") == {1: 1.5}
+    assert series(run, "entropy/token/mean")
+
+
+def test_a_decoder_that_raises_costs_the_text_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(token: int) -> str:
+        raise ValueError("no such token")
+
+    monkeypatch.setattr("entropylens.session.FLUSH_SECONDS", 0.0)
+    with el.Lens(run_dir=tmp_path / "run", preset="full", decode=decode) as lens:
+        lens.step(1.0, **zeros(2, 3, 5))
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "loss/mean") == {1: 1.0}
+    assert set(table_of(run, "tokens")["text"].to_pylist()) == {None}
+    assert run.status()[0].faults == {"decode: ValueError": 1}
+
+
+def test_a_step_that_fails_within_leaves_nothing_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any) -> Any:
+        raise RuntimeError("on two devices")
+
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        with monkeypatch.context() as patch:
+            patch.setattr("entropylens.lens.MicroBatches.reading", broken)
+            lens.observe(loss=torch.tensor(5.0), **zeros(2, 3, 5))
+            lens.step()
+        lens.observe(loss=torch.tensor(7.0), **zeros(2, 3, 5))
+        lens.step()
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "loss/mean") == {1: 5.0, 2: 7.0}
+    assert series(run, "tokens/step") == {1: 6.0, 2: 6.0}
+    assert run.status()[0].faults == {"reading tokens: RuntimeError": 1}
+
+
+def test_evaluation_with_gradients_is_no_training_either(tmp_path: Path) -> None:
+    model, tokens = Model(), next(batches(1))
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full") as lens:
+        with lens.evaluation():
+            model(tokens, labels=tokens)
+        model(tokens, labels=tokens)
+        lens.step()
+    assert series(el.open_run(tmp_path / "run"), "tokens/step") == {1: 44.0}
+
+
+def test_losses_shown_by_hand_replace_what_the_hook_reads(tmp_path: Path) -> None:
+    model, tokens = Model().eval(), next(batches(1))
+    with el.Lens(model, run_dir=tmp_path / "run") as lens:
+        for _ in range(2):
+            for _ in range(2):
+                loss = model(tokens, labels=tokens).loss
+                lens.observe(loss=loss / 2, loss_is_sum=True)
+            lens.step()
+    expected = pytest.approx(loss.item(), rel=1e-6)
+    assert series(el.open_run(tmp_path / "run"), "loss/mean") == {1: expected, 2: expected}
+
+
+def test_sample_names_without_logits_go_to_what_the_hook_read(tmp_path: Path) -> None:
+    model, tokens = Model(), next(batches(1))
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full") as lens:
+        for name in "ab":
+            model(tokens, labels=tokens)
+            lens.observe(sample_id=[f"{name}{i}" for i in range(4)])
+        lens.step()
+    names = set(table_of(el.open_run(tmp_path / "run"), "tokens")["sample_id"].to_pylist())
+    assert names == {f"{name}{i}" for name in "ab" for i in range(4)}
+
+
+def test_all_rows_of_a_step_bear_the_number_the_loop_gave(tmp_path: Path) -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run", preset="full") as lens:
+        for step, tokens in enumerate(batches(3)):
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            lens.step(step=step)
+    run = el.open_run(tmp_path / "run")
+    for name in ("loss/mean", "entropy/token/mean", "gradient/norm/after_clip"):
+        assert run.metrics(name).to_arrow()["step"].to_pylist() == [0, 1, 2], name
+
+
+def test_a_sharded_norm_is_a_counted_fault_and_the_rest_is_written(tmp_path: Path) -> None:
+    class Sharded(Tensor):
+        def full_tensor(self) -> Tensor:
+            raise AssertionError("would wait for the other ranks")
+
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        lens.step(1.0, gradient_norm=torch.ones(()).as_subclass(Sharded), **zeros(2, 3, 5))
+        lens.take_gradient_norm(None)
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "loss/mean") == {1: 1.0}
+    assert series(run, "gradient/norm/before_clip") == {}
+    assert run.status()[0].faults == {"diagnostic training_vitals: TypeError": 1}
+
+
+def test_a_model_compiled_after_the_lens_is_read_all_the_same(tmp_path: Path) -> None:
+    model = Model().eval()
+    compiled = torch.compile(model, backend="eager")
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full", max_overhead=None) as lens:
+        for tokens in batches(10):
+            compiled(tokens, labels=tokens)
+            lens.step()
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-5)
+    assert len(series(run, "loss/mean")) == 10
+    assert run.status()[0].faults == {}
+
+
+def test_an_output_that_raises_when_looked_at_does_not_reach_the_loop(tmp_path: Path) -> None:
+    class Lazy:
+        @property
+        def logits(self) -> Tensor:
+            raise RuntimeError("not yet")
+
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return Lazy()
+
+    model = Odd(2, 2)
+    with el.Lens(model, run_dir=tmp_path / "run") as lens:
+        model(torch.zeros(1, 2))
+        lens.step(1.0)
+    assert sum(el.open_run(tmp_path / "run").status()[0].faults.values()) == 1
+
+
+def test_a_lens_that_cannot_be_attached_frees_its_directory(tmp_path: Path) -> None:
+    class Odd(nn.Linear):
+        def get_base_model(self) -> nn.Module:
+            raise RuntimeError("none here")
+
+    with pytest.raises(RuntimeError, match="none here"):
+        el.Lens(Odd(2, 2), run_dir=tmp_path / "run")
+    assert el.open_run(tmp_path / "run").state() == "failed"
+    el.Lens(run_dir=tmp_path / "run", resume_step=0).close()
+
+
+def test_one_value_that_cannot_be_logged_does_not_cost_the_others(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        lens.step(1.0)
+        lens.log({"two": torch.ones(2), "one": 1.0})
+        lens.event("note", "text", colour="red")
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "user/one") == {1: 1.0}
+    assert sum(run.status()[0].faults.values()) == 2
+
+
+def test_shifting_what_has_no_positions_is_refused(tmp_path: Path) -> None:
+    with (
+        el.Lens(run_dir=tmp_path / "run") as lens,
+        pytest.raises(ValueError, match=r"logits \[B, T, V\] and targets \[B, T\] to shift, got"),
+    ):
+        lens.step(shift=True, **zeros(3, 5))

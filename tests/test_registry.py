@@ -50,7 +50,7 @@ def test_an_unknown_diagnostic_names_the_nearest() -> None:
 
 
 def test_a_diagnostic_declared_wrongly_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected reads to be one of tokens, .* got 'wieghts'"):
+    with pytest.raises(ValueError, match=r"reads to be one of tokens, .* got 'wieghts'"):
         diagnostic(reads="wieghts", every={"fast": 1})(_Nothing)
     with pytest.raises(ValueError, match=r"expected presets fast, balanced, full, got \['slow'\]"):
         diagnostic(reads="tokens", every={"slow": 1})(_Nothing)
@@ -70,3 +70,8 @@ class _Nothing(Diagnostic):
 
 class _Other(_Nothing):
     pass
+
+
+def test_true_switches_on_what_the_preset_has_off() -> None:
+    assert resolve_schedules("fast", {"update_norm": True})["update_norm"].every == 100
+    assert resolve_schedules("full", {"update_norm": True})["update_norm"].every == 10

@@ -2,10 +2,11 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import entropylens as el
@@ -136,27 +137,40 @@ def attach(
 def _watched_loss(compute_loss: Callable[..., Any], callback: EntropyLensCallback) -> Any:
     @functools.wraps(compute_loss)
     def watched(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids, lens = inputs.pop(SAMPLE_ID, None), callback.lens
+        ids, lens = _without_name(inputs), callback.lens
         if lens is None or not model.training:
             return compute_loss(model, inputs, *args, **kwargs)
         lens.next_sample_ids = ids
+        # Label smoothing and a loss function of the user's own keep the labels from the model.
+        lens.next_labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         result = compute_loss(model, inputs, *args, **kwargs)
-        trainer = callback.trainer
-        takes_items = trainer is not None and (
-            trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        )
-        summed = takes_items and kwargs.get("num_items_in_batch") is not None
+        lens.next_sample_ids = lens.next_labels = None
         loss = result[0] if isinstance(result, tuple) else result
-        lens.observe(loss=loss, loss_is_sum=summed)
+        has_items = kwargs.get("num_items_in_batch") is not None
+        lens.observe(loss=loss, loss_is_sum=_is_share(callback.trainer, has_items))
         return result
 
     return watched
 
 
+def _is_share(trainer: Trainer | None, has_items: bool) -> bool:
+    """Whether `Trainer.training_step` takes losses as they are, to be added up, or as means."""
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if told is not None:
+        return bool(told)
+    takes_items = getattr(trainer, "model_accepts_loss_kwargs", False)
+    return (takes_items and has_items) or getattr(trainer, "compute_loss_func", None) is not None
+
+
+def _without_name(inputs: Any) -> Any:
+    """Take the samples' identifiers out of a batch; None where it has none."""
+    return inputs.pop(SAMPLE_ID, None) if isinstance(inputs, MutableMapping) else None
+
+
 def _without_names(prediction_step: Callable[..., Any]) -> Any:
     @functools.wraps(prediction_step)
     def unnamed(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs.pop(SAMPLE_ID, None)
+        _without_name(inputs)
         return prediction_step(model, inputs, *args, **kwargs)
 
     return unnamed
@@ -213,18 +227,33 @@ class _Named:
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = dict(self.dataset[index])
+        return self._named(index, self.dataset[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        # A set that reads a whole batch at once also transforms it at once, maybe at random.
+        read = getattr(self.dataset, "__getitems__", None)
+        samples = [self.dataset[i] for i in indices] if read is None else read(indices)
+        return [self._named(i, sample) for i, sample in zip(indices, samples, strict=True)]
+
+    def _named(self, index: int, found: Mapping[str, Any]) -> dict[str, Any]:
+        sample = dict(found)
         sample[SAMPLE_ID] = index if self.column == "index" else sample[self.column]
         return sample
 
     def check(self) -> None:
         """Refuse a set without the column, before training starts."""
-        if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__"):
+        is_map = hasattr(self.dataset, "__getitem__") and hasattr(self.dataset, "__len__")
+        if not is_map or isinstance(self.dataset, IterableDataset):
             raise ValueError(
                 f"attach: expected a map-style training set for sample_id={self.column!r}, got "
                 f"{type(self.dataset).__name__}"
             )
         first = self.dataset[0]
+        if not isinstance(first, Mapping):
+            raise ValueError(
+                f"attach: expected a training set of mappings for sample_id={self.column!r}, got "
+                f"samples of {type(first).__name__}"
+            )
         if self.column != "index" and self.column not in first:
             raise ValueError(
                 f"attach: expected sample_id to be 'index' or a column of the training set "
@@ -239,11 +268,14 @@ class _NamingCollator:
         self.collator = collator
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        ids = [sample.get(SAMPLE_ID) for sample in samples]
-        bare = [{k: v for k, v in sample.items() if k != SAMPLE_ID} for sample in samples]
-        batch = self.collator(bare)
-        if None not in ids:
-            batch[SAMPLE_ID] = [str(name) for name in ids]
+        if not all(isinstance(sample, Mapping) and SAMPLE_ID in sample for sample in samples):
+            return self.collator(samples)
+        ids = [str(sample[SAMPLE_ID]) for sample in samples]
+        batch = self.collator(
+            [{k: v for k, v in sample.items() if k != SAMPLE_ID} for sample in samples]
+        )
+        if isinstance(batch, MutableMapping):
+            batch[SAMPLE_ID] = ids
         return batch
 
 
@@ -254,6 +286,7 @@ def _is_number(value: Any) -> bool:
 def _loggable(values: Mapping[str, Any]) -> dict[str, float]:
     """Numbers only, under names that the log allows."""
     named = {
-        re.sub(r"[^a-z0-9_/]+", "_", name.lower()).strip("_/"): v for name, v in values.items()
+        re.sub(r"/+", "/", re.sub(r"[^a-z0-9_/]+", "_", name.lower())).strip("_/"): value
+        for name, value in values.items()
     }
     return {name: float(v) for name, v in named.items() if name and _is_number(v)}

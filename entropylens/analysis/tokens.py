@@ -83,6 +83,9 @@ def worst_samples(
     inside = inside.assign(order=inside["loss"].astype("float64").fillna(np.inf))
     columns = ["step", "sample_id", "sequence", "loss", "entropy", "tokens", "measured_tokens"]
     found = inside.nlargest(most, "order")[columns].to_dict("records")
+    for row in found:
+        # pandas has NaN, which is true, for a name that is not there.
+        row["sample_id"] = row["sample_id"] if isinstance(row["sample_id"], str) else None
     return [{str(name): value for name, value in row.items()} for row in found]
 
 

@@ -19,8 +19,8 @@ class MicroBatches:
 
     losses: list[Tensor] = field(default_factory=list)
     loss_is_sum: bool = False
-    learning_rates: list[float] = field(default_factory=list)
-    gradient_norm: Tensor | None = None
+    learning_rates: Sequence[Tensor | float] = ()
+    gradient_norm: Tensor | float | None = None
     tokens: Tensor | None = None
     slots: int = 0
     """Positions, scored or not: known from shapes, without asking the device."""
@@ -57,6 +57,13 @@ class MicroBatches:
             known = sample_ids is not None and len(sample_ids) == len(targets)
             self._sample_ids.append(sample_ids if known else None)
 
+    def name_last(self, sample_ids: Sequence[str] | None) -> None:
+        """Name the samples of the micro-batch measured last, unless it has names."""
+        if sample_ids is None or not self._slices or self._sample_ids[-1] is not None:
+            return
+        if len(sample_ids) == len(self._slices[-1].sequence_tokens):
+            self._sample_ids[-1] = sample_ids
+
     def drop_tokens(self) -> None:
         """Forget tokens that a hook read before the loop began to show its own."""
         self.tokens, self.slots = None, 0
@@ -72,10 +79,13 @@ class MicroBatches:
         return join_slices(self._slices, self._sample_ids)
 
     def loss(self) -> Tensor | None:
-        """The step's loss: the sum of shares, or the mean of means."""
+        """The step's loss: the sum of shares, or the mean of means.
+
+        A micro-batch's loss of several elements, one a replica of `DataParallel`, is their mean.
+        """
         if not self.losses:
             return None
-        stacked = torch.stack([loss.float().reshape(()) for loss in self.losses])
+        stacked = torch.stack([loss.float().mean() for loss in self.losses])
         return stacked.sum() if self.loss_is_sum else stacked.mean()
 
 

@@ -21,7 +21,7 @@ class OptimizerEvents(Protocol):
     def take(self, reads: str, reading: Any) -> None:
         """A reading is ready."""
 
-    def take_learning_rates(self, rates: list[float]) -> None:
+    def take_learning_rates(self, rates: list[Tensor | float]) -> None:
         """The rates of the parameter groups in the step in progress."""
 
 
@@ -90,8 +90,11 @@ class OptimizerTap:
     @torch.no_grad()
     def _pre(self) -> None:
         events = self._events
+        self._before = None
         if events.wants("step"):
-            events.take_learning_rates([float(g["lr"]) for g in self._optimizer.param_groups])
+            events.take_learning_rates(
+                [_rate(group["lr"]) for group in self._optimizer.param_groups]
+            )
         if events.wants("gradients"):
             parameters = self._parameters()
             gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
@@ -109,3 +112,8 @@ class OptimizerTap:
         if before.keys() <= after.keys():
             after = {name: after[name].detach() for name in before}
             self._events.take("update", UpdateReading(before=before, after=after))
+
+
+def _rate(rate: Tensor | float) -> Tensor | float:
+    """A learning rate as it is now; one that is a tensor stays on its device."""
+    return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def as_grid(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tenso
     """Logits ``[B, T, V]``, targets ``[B, T]`` and which targets are scored ``[B, T]``.
 
     One-dimensional targets (classification) become one column; more than two axes are folded into
-    the second. A negative target is masked, as in `torch.nn.functional.cross_entropy`.
+    the second. A target that is negative, as in `torch.nn.functional.cross_entropy`, or not below V
+    is masked.
 
     Raises:
         ValueError: ``logits`` has no vocabulary axis, or targets or mask another shape.
@@ -56,15 +58,12 @@ def as_grid(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tenso
             f"Lens.observe: expected a mask of the targets' shape {tuple(targets.shape)}, "
             f"got {tuple(mask.shape)}"
         )
-    present = targets >= 0
+    vocabulary = logits.shape[-1]
+    present = (targets >= 0) & (targets < vocabulary)
     if mask is not None:
         present = present & mask.bool()
-    rows = targets.shape[0]
-    return (
-        logits.reshape(rows, -1, logits.shape[-1]),
-        targets.reshape(rows, -1),
-        present.reshape(rows, -1),
-    )
+    grid = targets.shape[0], prod(targets.shape[1:])
+    return logits.reshape(*grid, vocabulary), targets.reshape(grid), present.reshape(grid)
 
 
 def read_tokens(

@@ -1,9 +1,21 @@
 """Weighted summaries of a column of tokens, without looking at its content on the host."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["share_where", "summarise", "weighted_mean", "weighted_quantiles"]
+__all__ = ["constants", "share_where", "summarise", "weighted_mean", "weighted_quantiles"]
+
+
+def constants(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Numbers on a device, filled there: a copy from the host would wait for its stream."""
+    filled = torch.empty(len(values), device=device, dtype=dtype)
+    for at, value in enumerate(values):
+        filled[at] = value
+    return filled
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -60,7 +72,7 @@ def weighted_quantiles(values: Tensor, weight: Tensor, levels: tuple[float, ...]
     ordered, weight = values.float()[order], weight[order].to(_wide(values))
     centre = (weight.cumsum(0) - weight / 2) / weight.sum()
     last = (weighted.sum() - 1).clamp(min=0)
-    level = torch.tensor(levels, dtype=_wide(values)).to(values.device)
+    level = constants(levels, values.device, _wide(values))
     above = torch.minimum(torch.searchsorted(centre, level), last)
     below = (above - 1).clamp(min=0)
     gap = (centre[above] - centre[below]).clamp(min=1e-30)

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics._summaries import share_where, summarise, weighted_mean
+from entropylens.diagnostics._summaries import constants, share_where, summarise, weighted_mean
 from entropylens.registry import Block, Diagnostic, Metric, TokenReading, diagnostic
 
 __all__ = ["TokenEntropy", "entropy_by_position", "entropy_spikes"]
@@ -106,7 +106,7 @@ def entropy_by_position(entropy: Tensor, position: Tensor, weight: Tensor) -> tu
     Device: the input's; no host synchronisation.
     Cost: O(6 n).
     """
-    bounds = torch.tensor([*POSITIONS[1:]]).to(position.device)
+    bounds = constants(POSITIONS[1:], position.device, position.dtype)
     bucket = torch.bucketize(position, bounds, right=True)
     member = bucket[None, :] == torch.arange(len(POSITIONS), device=bucket.device)[:, None]
     weights = torch.where(member, weight, 0.0)

@@ -58,7 +58,9 @@ class TokenTable(Diagnostic):
 
     def measure(self, reading: TokenReading, state: Any) -> tuple[list[Block], Any]:
         """Select the rows of one step."""
-        largest, uniform = select_tokens(-reading.logprob, reading.present, reading.key, ROWS)
+        # Rows that stand for more tokens come first in proportion (Efraimidis and Spirakis, 2006).
+        key = -torch.expm1(torch.log1p(-reading.key) / reading.weight.clamp(min=1))
+        largest, uniform = select_tokens(-reading.logprob, reading.present, key, ROWS)
         index = torch.cat([largest, uniform])
         columns: dict[str, Any] = {
             "present": reading.present[index],

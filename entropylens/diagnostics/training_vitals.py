@@ -158,14 +158,18 @@ class TrainingVitals(Diagnostic):
         host = [(name, value) for name, value in known if not isinstance(value, Tensor)]
         several = len(reading.learning_rates) > 1
         host_modules = [""] * len(host)
-        for group, rate in enumerate(reading.learning_rates):
-            host.append(("learning_rate", rate))
-            host_modules.append(str(group) if several else "")
         blocks = [
-            Block.metrics([name], value.reshape(1), weight=None)
+            Block.metrics([name], value.reshape(1))
             for name, value in known
             if isinstance(value, Tensor)
         ]
+        for group, rate in enumerate(reading.learning_rates):
+            module = str(group) if several else ""
+            if isinstance(rate, Tensor):
+                blocks.append(Block.metrics(["learning_rate"], rate.reshape(1), modules=module))
+                continue
+            host.append(("learning_rate", rate))
+            host_modules.append(module)
         if host:
             names, values = zip(*host, strict=True)
             table = Block("metrics", {"name": names, "module": host_modules, "value": values})

@@ -57,8 +57,10 @@ class UpdateNorm(Diagnostic):
     def measure(self, reading: UpdateReading, state: Any) -> tuple[list[Block], Any]:
         """Compare the parameters of one step before and after."""
         before = list(reading.before.values())
-        change = torch._foreach_sub(list(reading.after.values()), before)
-        update, size = total_norm(change), total_norm(before)
+        pairs = zip(reading.after.values(), before, strict=True)
+        # One difference at a time: together they would be another copy of the model.
+        update = total_norm([total_norm([new - old]) for new, old in pairs])
+        size = total_norm(before)
         values = torch.stack([update, update / size, size])
         return [Block.metrics(["update/norm", "update/relative_norm", "parameter/norm"], values)], (
             state

@@ -159,10 +159,10 @@ def band_figure(
         ("p25", "p75", "25 to 75 %", 0.28),
     ):
         if low in quantiles and high in quantiles:
-            steps = quantiles[low].steps
+            below, above = (thin(quantiles[k].steps, quantiles[k].values) for k in (low, high))
             outline = {
-                "x": np.concatenate([steps, quantiles[high].steps[::-1]]),
-                "y": np.concatenate([quantiles[low].values, quantiles[high].values[::-1]]),
+                "x": np.concatenate([below[0], above[0][::-1]]),
+                "y": np.concatenate([below[1], above[1][::-1]]),
             }
             figure.add_scatter(
                 **outline,
@@ -175,11 +175,12 @@ def band_figure(
             )
     if "p50" in quantiles:
         line = {"color": COLOURS["blue"], "width": 1.2, "dash": "dot"}
-        series = quantiles["p50"]
-        figure.add_scatter(x=series.steps, y=series.values, name="median", mode="lines", line=line)
+        steps, values = thin(quantiles["p50"].steps, quantiles["p50"].values)
+        figure.add_scatter(x=steps, y=values, name="median", mode="lines", line=line)
+    steps, values = thin(mean.steps, mean.values)
     figure.add_scatter(
-        x=mean.steps,
-        y=mean.values,
+        x=steps,
+        y=values,
         name=label,
         mode="lines+markers",
         marker={"size": 5},

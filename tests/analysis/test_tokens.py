@@ -66,3 +66,19 @@ def test_worst_samples_are_named_within_their_steps() -> None:
         }
     )
     assert [row["sample_id"] for row in worst_samples(table, (2, 3))] == ["c", "b"]
+
+
+def test_a_sample_without_a_name_has_none() -> None:
+    table = pd.DataFrame(
+        {
+            "step": 1,
+            "sample_id": pd.Series(["a", None], dtype="str"),
+            "sequence": [0, 1],
+            "loss": [1.0, 2.0],
+            "entropy": 1.0,
+            "tokens": 4,
+            "measured_tokens": 4,
+            "selection": "highest_loss",
+        }
+    )
+    assert [row["sample_id"] for row in worst_samples(table, (1, 1))] == [None, "a"]

@@ -1,8 +1,10 @@
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,7 +16,13 @@ from transformers import (
 )
 
 import entropylens as el
-from entropylens_callbacks.transformers import EntropyLensCallback, attach
+from entropylens_callbacks.transformers import (
+    SAMPLE_ID,
+    EntropyLensCallback,
+    _loggable,
+    _NamingCollator,
+    attach,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -257,3 +265,83 @@ def test_setup_errors_stop_training_before_it_starts(tmp_path: Path) -> None:
     attach(found, preset="fats")
     with pytest.raises(ValueError, match="did you mean 'fast'"):
         found.train()
+
+
+@pytest.mark.parametrize("told", [None, False, True])
+def test_a_loss_of_the_users_own_is_the_one_the_trainer_steps_on(
+    tmp_path: Path, told: bool | None
+) -> None:
+    class Own(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(**inputs).loss * 1.0
+
+    made = trainer(tmp_path, gradient_accumulation_steps=2, logging_steps=1, max_steps=3)
+    made.__class__, made.loss_is_scaled_for_ga = Own, told
+    attach(made, max_overhead=None)
+    made.train()
+    ours = series(run_of(made), "loss/mean")
+    for entry in made.state.log_history:
+        if "loss" in entry:
+            assert entry["loss"] == pytest.approx(ours[entry["step"]], abs=1e-4)
+
+
+def test_labels_that_smoothing_keeps_from_the_model_are_scored_all_the_same(tmp_path: Path) -> None:
+    found = trainer(tmp_path, label_smoothing_factor=0.1)
+    attach(found, preset="full", max_overhead=None)
+    found.train()
+    run = run_of(found)
+    bare = trainer(tmp_path / "bare")
+    attach(bare, preset="full", max_overhead=None)
+    bare.train()
+    assert series(run, "tokens/step") == series(run_of(bare), "tokens/step")
+    first = series(run_of(bare), "surprisal/token/mean")[1]
+    assert series(run, "surprisal/token/mean")[1] == pytest.approx(first, rel=1e-5)
+
+
+def test_a_set_that_reads_whole_batches_still_does_and_names_them(tmp_path: Path) -> None:
+    class Batched(list[dict[str, Any]]):
+        read: ClassVar[list[list[int]]] = []
+
+        def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+            self.read.append(indices)
+            return [self[i] for i in indices]
+
+    found = trainer(tmp_path)
+    found.train_dataset = Batched(samples())
+    attach(found, preset="full", sample_id="index", max_overhead=None)
+    found.train()
+    names = run_of(found).samples().to_arrow()["sample_id"].to_pylist()
+    assert len(Batched.read) >= 6
+    assert set(names) <= {str(i) for batch in Batched.read for i in batch}
+
+
+def test_naming_needs_samples_that_can_carry_a_name(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    found.train_dataset = [(1, 2)] * 8
+    with pytest.raises(ValueError, match=r"expected a training set of mappings .* of tuple"):
+        attach(found, sample_id="index")
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(samples())
+
+        def __len__(self) -> int:
+            return 64
+
+    found.train_dataset = Stream()
+    with pytest.raises(ValueError, match=r"expected a map-style training set .* got Stream"):
+        attach(found, sample_id="index")
+
+
+def test_samples_of_evaluation_reach_their_collator_as_they_are() -> None:
+    seen: list[Any] = []
+    collator = _NamingCollator(lambda batch: seen.append(batch) or (1, 2))
+    pairs = [(1, 2), (3, 4)]
+    assert collator(pairs) == (1, 2)
+    assert seen[0] is pairs
+    assert collator([{"x": 1, SAMPLE_ID: 7}]) == (1, 2)
+    assert seen[1] == [{"x": 1}]
+
+
+def test_names_that_trainers_log_are_made_to_fit() -> None:
+    assert _loggable({"Eval//Acc @1": 1, "text": "x", "/": 2.0}) == {"eval/acc_1": 1.0}

@@ -1,6 +1,9 @@
+from copy import deepcopy
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +28,7 @@ class ToyForTokenClassification(ToyForCausalLM):
 
 def seen(model: nn.Module, *args: Any, grad: bool = True, **kwargs: Any) -> list[Forward]:
     found: list[Forward] = []
-    handle = tap_forward(model, found.append)
+    handle = tap_forward(model, found.append, lambda where, work: work())
     with torch.set_grad_enabled(grad):
         model(*args, **kwargs)
     handle.remove()
@@ -92,3 +95,53 @@ def test_a_mapping_is_read_like_an_object() -> None:
     labels = torch.zeros(1, 3, dtype=torch.long)
     (forward,) = seen(Mapped(), torch.randn(1, 3, 4), labels=labels)
     assert forward.logits is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "shifted"),
+    [
+        ("Gemma3", {"loss_type": "ForConditionalGeneration"}, True),
+        ("T5", {"loss_type": "ForConditionalGeneration",
+                "config": SimpleNamespace(is_encoder_decoder=True)}, False),
+        ("GPT2LMHeadModel", {"loss_type": None}, True),
+        ("XLMWithLMHeadModel", {"loss_type": None}, False),
+    ],
+)  # fmt: skip
+def test_labels_are_shifted_where_the_family_of_models_does(
+    name: str, attributes: dict[str, Any], shifted: bool
+) -> None:
+    model = type(name, (ToyForTokenClassification,), attributes)()
+    (forward,) = seen(model, torch.randn(1, 3, 4), labels=torch.tensor([[1, 2, 3]]))
+    assert forward.targets is not None
+    assert forward.targets.tolist() == ([[2, 3]] if shifted else [[1, 2, 3]])
+
+
+def test_a_wrapped_model_is_aligned_as_the_one_within() -> None:
+    labels = torch.tensor([[1, 2, 3]])
+    for wrap in (nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
+        (forward,) = seen(wrap(ToyForCausalLM()), torch.randn(1, 3, 4), labels=labels)
+        assert forward.targets is not None
+        assert forward.targets.tolist() == [[2, 3]]
+
+
+def test_labels_that_the_model_was_not_given_can_be_told() -> None:
+    found: list[Forward] = []
+    model, labels = ToyForCausalLM(), torch.tensor([[1, 2, 3]])
+    tap_forward(model, found.append, lambda where, work: work(), lambda: labels)
+    model(torch.randn(1, 3, 4))
+    assert found[0].targets is not None
+    assert found[0].targets.tolist() == [[2, 3]]
+
+
+def test_a_tapped_model_can_be_saved_and_its_copies_are_not_tapped() -> None:
+    found: list[Forward] = []
+    model = ToyForCausalLM()
+    tap_forward(model, found.append, lambda where, work: work())
+    saved = BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    torch.load(saved, weights_only=False)(torch.randn(1, 3, 4))
+    deepcopy(model)(torch.randn(1, 3, 4))
+    assert found == []
+    model(torch.randn(1, 3, 4))
+    assert len(found) == 1

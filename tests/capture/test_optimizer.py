@@ -13,7 +13,7 @@ class Events:
     def __init__(self, *wanted: str) -> None:
         self.wanted = wanted
         self.taken: dict[str, Any] = {}
-        self.rates: list[float] = []
+        self.rates: list[torch.Tensor | float] = []
 
     def wants(self, reads: str) -> bool:
         return reads in self.wanted
@@ -21,7 +21,7 @@ class Events:
     def take(self, reads: str, reading: Any) -> None:
         self.taken[reads] = reading
 
-    def take_learning_rates(self, rates: list[float]) -> None:
+    def take_learning_rates(self, rates: list[torch.Tensor | float]) -> None:
         self.rates = rates
 
 
@@ -75,7 +75,7 @@ def test_nothing_is_copied_where_nothing_is_due() -> None:
 
 def test_hooks_go_when_removed() -> None:
     events = Events("gradients", "update", "step")
-    model, tap = trained(events)
+    _model, tap = trained(events)
     tap.remove()
     assert not tap._optimizer._optimizer_step_pre_hooks
     assert not tap._optimizer._optimizer_step_post_hooks
@@ -93,3 +93,13 @@ def test_a_wrapper_is_unwrapped_and_anything_else_refused() -> None:
         TypeError, match=r"expected a torch.optim.Optimizer or a wrapper .* got int"
     ):
         unwrap_optimizer(3)
+
+
+def test_a_step_that_raised_leaves_no_copy_for_the_next_ones_update() -> None:
+    events = Events("update")
+    _, tap = trained(events)
+    tap._pre()
+    assert tap._before is not None
+    events.wanted = ()
+    tap._pre()
+    assert tap._before is None

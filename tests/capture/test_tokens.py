@@ -147,3 +147,16 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
         as_grid(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.long), None)
     with pytest.raises(ValueError, match=r"a mask of the targets' shape \(2, 3\), got \(2,\)"):
         as_grid(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long), torch.ones(2))
+
+
+def test_a_target_beyond_the_vocabulary_is_masked_and_poisons_nothing() -> None:
+    grid = as_grid(torch.zeros(1, 3, 5), torch.tensor([[0, 4, 255]]), None)
+    assert grid[2].tolist() == [[True, True, False]]
+    found = read_tokens(*grid, rows=None, generator=own())
+    assert (found.entropy * found.weight)[found.present].isfinite().all()
+
+
+def test_sequences_of_no_length_are_no_tokens() -> None:
+    grid = as_grid(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.long), None)
+    assert [part.shape for part in grid] == [(2, 0, 5), (2, 0), (2, 0)]
+    assert read_tokens(*grid, rows=None, generator=own()).sequence_tokens.tolist() == [0, 0]

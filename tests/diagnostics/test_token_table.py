@@ -43,3 +43,16 @@ def test_tokens_that_are_masked_are_marked_and_names_follow_the_sequence() -> No
     assert isinstance(block.columns["sample_id"], Lookup)
     chosen = block.columns["sample_id"].index[block.columns["present"]]
     assert set(chosen.tolist()) == {0}
+
+
+def test_the_uniform_half_is_uniform_over_micro_batches_sampled_at_other_rates() -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, trials = 0, 300
+    for _ in range(trials):
+        reading = tokens(rows=2, columns=2000)
+        reading.weight[:2000], reading.weight[2000:] = 9.0, 1.0
+        reading.key[:] = torch.rand(4000, generator=generator)
+        (block,), _ = TokenTable().measure(reading, None)
+        first += int((block.columns["sequence"][ROWS // 2 :] == 0).sum())
+    drawn = trials * ROWS // 2
+    assert abs(first / drawn - 0.9) < 5 * (0.9 * 0.1 / drawn) ** 0.5

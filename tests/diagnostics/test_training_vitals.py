@@ -1,3 +1,4 @@
+import torch
 from readings import step
 
 from entropylens.diagnostics.training_vitals import TrainingVitals
@@ -33,3 +34,12 @@ def test_what_is_unknown_is_absent() -> None:
 
 def test_one_parameter_group_has_no_module() -> None:
     assert rows(StepReading(learning_rates=[0.5])) == {("learning_rate", ""): 0.5}
+
+
+def test_a_rate_that_is_a_tensor_is_not_read_on_the_host() -> None:
+    rates = [torch.tensor(0.5), 0.25]
+    found = rows(StepReading(learning_rates=rates))
+    assert found == {("learning_rate", "0"): 0.5, ("learning_rate", "1"): 0.25}
+    device = StepReading(learning_rates=[torch.tensor(0.5, device="meta")])
+    (block,), _ = TrainingVitals().measure(device, None)
+    assert block.columns["value"].device.type == "meta"

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from entropylens.figures.series import Line, Span, band_figure, line_figure, thin
+from entropylens.figures.series import POINTS, Line, Span, band_figure, line_figure, thin
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,10 @@ def test_a_band_closes_around_its_quantiles() -> None:
     names = [trace.name for trace in figure.data]
     assert names == ["5 to 95 % of tokens", "median", "mean"]
     assert list(figure.data[0].y) == [0.5] * 3 + [9.5] * 3
+
+
+def test_a_long_band_is_thinned_too() -> None:
+    steps = np.arange(50_000)
+    quantiles = {k: Plain(steps, np.cos(steps)) for k in ("p05", "p25", "p50", "p75", "p95")}
+    figure = band_figure(quantiles, Plain(steps, np.sin(steps)), unit="nats")
+    assert [len(trace.x) <= 2 * POINTS for trace in figure.data] == [True] * 4

@@ -30,8 +30,8 @@ def count(run_dir: str, counter: str, resume_step: str = "") -> None:
     while True:
         start = step * ROWS_A_STEP
         values = np.arange(start, start + ROWS_A_STEP)
-        writer.write("metrics", {"name": NAMES, "value": values, "step": step})
         os.pwrite(handed_over, f"{start + ROWS_A_STEP:020d}".encode(), 0)
+        writer.write("metrics", {"name": NAMES, "value": values, "step": step})
         if step % 3 == 0 and writer.flush():
             print(start + ROWS_A_STEP, flush=True)
         time.sleep(0.001)

@@ -84,6 +84,14 @@ def test_metrics_are_sorted_by_name_module_and_step_and_other_tables_are_not(
     assert open_run(tmp_path / "run").tokens().table.equals(tokens)
 
 
+def test_a_single_segment_is_sorted_too(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    writer.write("metrics", {"name": ["b", "a"], "value": [1.0, 2.0]})
+    writer.close()
+    assert compact(tmp_path / "run")["metrics"] == (1, 1)
+    assert open_run(tmp_path / "run").metrics().table["name"].to_pylist() == ["a", "b"]
+
+
 def test_merging_again_changes_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     compact(tmp_path / "run")

@@ -251,9 +251,10 @@ def test_a_run_is_followed_while_it_is_written(tmp_path: Path) -> None:
     run, chance = open_run(tmp_path / "run"), random.Random(0)
     followed: list[int] = []
     cursor: Cursor | str | None = None
-    last, reads = 0, 0
-    while last < 2000 or len(followed) < last:
-        if last < 2000:
+    last, reads, sealed = 0, 0, 0
+    while sealed < 12 or len(followed) < last:
+        sealed = len(Layout(tmp_path / "run").segments("metrics"))
+        if sealed < 12:
             more = chance.randint(1, 40)
             log_values(writer, last + 1, last + more)
             last += more
@@ -267,8 +268,7 @@ def test_a_run_is_followed_while_it_is_written(tmp_path: Path) -> None:
             assert whole == numbers(1, len(whole))
             assert len(followed) <= len(whole) <= last
         reads += 1
-    assert reads > 50
-    assert len(Layout(tmp_path / "run").segments("metrics")) > 1
+    assert reads > 4
     writer.close()
     assert values(run.metrics(since=cursor).table) == []
     assert values(run.metrics().table) == numbers(1, last)

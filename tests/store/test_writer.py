@@ -591,6 +591,26 @@ def test_two_ranks_write_one_run_from_two_processes(tmp_path: Path) -> None:
         assert sorted(pairs) == expected
 
 
+@pytest.mark.parametrize("resume_step", [None, 2])
+def test_a_rank_joins_a_run_that_rank_0_has_meanwhile_opened_and_ended(
+    tmp_path: Path, resume_step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if resume_step is not None:
+        open_writer(tmp_path / "run", world_size=2).close()
+
+    def open_and_end(seconds: float) -> None:
+        monkeypatch.undo()
+        open_writer(tmp_path / "run", world_size=2, resume_step=resume_step).close()
+
+    monkeypatch.setattr(writer_module, "JOIN_SECONDS", 1.0)
+    monkeypatch.setattr(time, "sleep", open_and_end)
+    writer = open_writer(tmp_path / "run", rank=1, world_size=2, resume_step=resume_step)
+    writer.close()
+    assert [status.attempt for status in open_run(tmp_path / "run").status()] == [
+        int(resume_step is not None)
+    ] * 2
+
+
 def test_a_rank_that_waits_in_vain_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "JOIN_SECONDS", 0.1)
     for _ in range(2):
