@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from math import prod
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -223,7 +224,8 @@ def _row_blocks(values: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Te
         for number, part in enumerate(values):
             yield from _row_blocks(part, targets[number * size : (number + 1) * size], rows)
         return
-    yield from zip(flat.split(rows), targets.split(rows), strict=True)
+    blocks = max(-(-flat.shape[0] // rows), 1)
+    yield from zip(flat.tensor_split(blocks), targets.tensor_split(blocks), strict=True)
 
 
 def _tiles(rows: Tensor) -> Iterator[Tensor]:
@@ -253,7 +255,7 @@ def _assemble(
 
 
 def _tile_sums(tiles: Tensor, temperature: float, use_compiler: bool) -> _Sums:
-    if use_compiler:
+    if use_compiler and tiles.shape[0] > 1:
         found = _run_compiled(tiles, temperature)
         if found is not None:
             return _Sums(*found)
@@ -395,8 +397,10 @@ def _choose(compiled: bool | None, device: torch.device, elements: int) -> bool:
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_fused_sums, fullgraph=True)
+def _compiled(dtype: torch.dtype, tiles: int, width: int) -> Callable[..., Any]:
+    """One compiled function for each shape of tiles: a single one may be compiled but 8 times."""
+    own = FunctionType(_fused_sums.__code__.replace(), _fused_sums.__globals__)
+    return torch.compile(own, fullgraph=True)
 
 
 _broken: set[str] = set()
@@ -407,7 +411,8 @@ def _run_compiled(tiles: Tensor, temperature: float) -> tuple[Tensor, ...] | Non
         # Only the number of rows may vary: the inner loops are fast with widths known.
         tiles = tiles.detach()
         torch._dynamo.maybe_mark_dynamic(tiles, 0)
-        return _compiled()(tiles, torch.tensor(1.0 / temperature))
+        run = _compiled(tiles.dtype, *tiles.shape[1:])
+        return run(tiles, torch.tensor(1.0 / temperature))
     except Exception as error:
         _broken.add(tiles.device.type)
         log.warning(

@@ -262,7 +262,7 @@ def test_the_written_out_exponential_is_one() -> None:
 def test_a_compiler_that_fails_is_named_once_and_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken() -> None:
+    def broken(*shape: Any) -> None:
         raise RuntimeError("no compiler today")
 
     monkeypatch.setattr(module, "_compiled", broken)

@@ -95,9 +95,11 @@ def end(run_dir: str, how: str) -> None:
 def fork(run_dir: str) -> None:
     """Fork workers that use the writer they inherit, and go on."""
     writer = RunWriter(run_dir, flush_seconds=0.01)
+    writer.before_exit = lambda: os._exit(7)
     writer.write("metrics", {"name": "before", "value": 1.0, "step": 1})
     worker = os.fork()
     if worker == 0:
+        signal.alarm(20)  # where a worker waits for a thread that it does not have
         writer.write("metrics", {"name": "worker", "value": 2.0, "step": 2})
         writer.event("worker", "a worker speaks")
         acknowledged = writer.flush()
