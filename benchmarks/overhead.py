@@ -1,8 +1,9 @@
 """What does watching a training run cost, by an outside clock and by our own meter?
 
 A small Llama is trained twice in one process, in alternating blocks of steps, bare and watched by a
-Lens, so that a slow minute of the machine slows both. The difference of the medians of the block
-times is the cost; beside it stands what the Lens reported as ``overhead/fraction``.
+Lens, so that a slow minute of the machine slows both. The cost is the median difference of a pair of
+blocks against the median bare block, with its standard error; beside it stands what the Lens
+reported as ``overhead/fraction``.
 
     python benchmarks/overhead.py [--quick]
 """
@@ -22,6 +23,8 @@ import entropylens as el
 
 THREADS = 2
 BLOCK = 10
+SETTLING = 2
+"""Pairs of blocks, while the budget settles, that are not counted."""
 BATCH, LENGTH, VOCABULARY = 16, 128, 2048
 
 
@@ -31,15 +34,15 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(THREADS)
     cells = {
-        preset: measure(preset, limit, blocks=6 if quick else 25)
+        preset: measure(preset, limit, blocks=4 if quick else 30)
         for preset, limit in (("fast", 0.03), ("balanced", 0.03), ("full", None))
     }
-    print("\npreset     max_overhead   by the clock   by our meter   spread of bare blocks")
+    print("\npreset     max_overhead   by the clock   standard error   by our meter   ms a step")
     for preset, cell in cells.items():
         limit = "none" if cell["max_overhead"] is None else f"{cell['max_overhead']:.0%}"
         print(
-            f"{preset:<10} {limit:>12}   {cell['overhead']:>12.2%}   {cell['reported']:>12.2%}   "
-            f"{cell['spread']:>21.2%}"
+            f"{preset:<10} {limit:>12}   {cell['overhead']:>12.2%}   {cell['error']:>14.2%}   "
+            f"{cell['reported']:>12.2%}   {cell['ms_a_step']:>9.1f}"
         )
     print(json.dumps({"quick": quick, "threads": THREADS, **cells}))
 
@@ -53,25 +56,26 @@ def measure(preset: str, limit: float | None, *, blocks: int) -> dict[str, Any]:
         ) as lens:
             watched.lens = lens
             taken: dict[str, list[float]] = {"bare": [], "watched": []}
-            for block in range(
-                blocks + 4
-            ):  # the first ones, while the budget settles, are not kept
-                for name, training in (("bare", bare), ("watched", watched)):
+            pairs = [("bare", bare), ("watched", watched)]
+            for block in range(blocks + SETTLING):
+                for name, training in pairs if block % 2 else reversed(pairs):
                     lens.restart_clock()
                     seconds = training.run(BLOCK)
-                    if block >= 4:
+                    if block >= SETTLING:
                         taken[name].append(seconds)
         rows = el.open_run(path).metrics("overhead/fraction").to_arrow()
-    settled = [v for s, v in zip(rows["step"].to_pylist(), rows["value"].to_pylist(), strict=True)
-               if s > 4 * BLOCK]  # fmt: skip
-    without, with_it = (statistics.median(times) for times in taken.values())
-    quartiles = statistics.quantiles(taken["bare"], n=4)
+    steps, fractions = rows["step"].to_pylist(), rows["value"].to_pylist()
+    settled = [f for step, f in zip(steps, fractions, strict=True) if step > SETTLING * BLOCK]
+    usual = statistics.median(taken["bare"])
+    differences = [w - b for b, w in zip(taken["bare"], taken["watched"], strict=True)]
+    middle = statistics.median(differences)
+    spread = 1.4826 * statistics.median(abs(d - middle) for d in differences)
     return {
         "max_overhead": limit,
-        "overhead": round(with_it / without - 1, 4),
-        "reported": round(statistics.mean(settled), 4) if settled else float("nan"),
-        "spread": round((quartiles[2] - quartiles[0]) / without, 4),
-        "ms_a_step": round(1e3 * without / BLOCK, 1),
+        "overhead": round(middle / usual, 4),
+        "error": round(1.2533 * spread / len(differences) ** 0.5 / usual, 4),
+        "reported": round(statistics.mean(settled), 4) if settled else None,
+        "ms_a_step": round(1e3 * usual / BLOCK, 1),
     }
 
 
