@@ -1,8 +1,8 @@
 """What does watching a training run cost, by an outside clock and by our own meter?
 
-A small Llama is trained twice in one process, in alternating blocks of steps, bare and watched by a
-Lens, so that a slow minute of the machine slows both. The cost is the median difference of a pair of
-blocks against the median bare block, with its standard error; beside it stands what the Lens
+A small Llama is trained twice in one process, in alternating blocks of steps, bare and watched by
+a Lens, so that a slow minute of the machine slows both. The cost is the median difference of a pair
+of blocks against the median bare block, with its standard error; beside it stands what the Lens
 reported as ``overhead/fraction``.
 
     python benchmarks/overhead.py [--quick]

@@ -12,13 +12,13 @@ from entropylens.store.writer import RunWriter
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-def test_the_demo_trains_watches_and_reports_and_can_be_run_again(
+def test_the_demo_replaces_an_earlier_one_trains_watches_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "CORPUS_FILES", 20)
     out = tmp_path / "demo"
-    for _ in range(2):
-        assert run_demo(out, steps=20) == 0
+    RunWriter(out, config={"user": {"demo": True}}).close()
+    assert run_demo(out, steps=20) == 0
     run = open_run(out)
     assert run.state() == "finished"
     assert run.status()[0].faults == {}
@@ -41,9 +41,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     RunWriter(tmp_path / "run").close()
     for name in ("mine", "run"):
-        with pytest.raises(
-            EntropyLensError, match="an earlier demo's that has ended"
-        ):
+        with pytest.raises(EntropyLensError, match="an earlier demo's that has ended"):
             run_demo(tmp_path / name, steps=20)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     assert open_run(tmp_path / "run").state() == "finished"

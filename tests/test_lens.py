@@ -390,7 +390,7 @@ def test_a_name_that_the_log_does_not_take_is_refused(tmp_path: Path) -> None:
     assert sum(el.open_run(tmp_path / "run").status()[0].faults.values()) == 1
 
 
-def zeros(*shape: int) -> dict[str, Tensor]:
+def zeros(*shape: int) -> dict[str, Any]:
     return {"logits": torch.zeros(*shape), "targets": torch.zeros(*shape[:-1], dtype=torch.long)}
 
 

@@ -335,7 +335,12 @@ def test_naming_needs_samples_that_can_carry_a_name(tmp_path: Path) -> None:
 
 def test_samples_of_evaluation_reach_their_collator_as_they_are() -> None:
     seen: list[Any] = []
-    collator = _NamingCollator(lambda batch: seen.append(batch) or (1, 2))
+
+    def collate(batch: Any) -> tuple[int, int]:
+        seen.append(batch)
+        return 1, 2
+
+    collator: Any = _NamingCollator(collate)
     pairs = [(1, 2), (3, 4)]
     assert collator(pairs) == (1, 2)
     assert seen[0] is pairs

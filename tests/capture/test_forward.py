@@ -118,7 +118,8 @@ def test_labels_are_shifted_where_the_family_of_models_does(
 
 def test_a_wrapped_model_is_aligned_as_the_one_within() -> None:
     labels = torch.tensor([[1, 2, 3]])
-    for wrap in (nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
+    wraps: list[Any] = [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+    for wrap in wraps:
         (forward,) = seen(wrap(ToyForCausalLM()), torch.randn(1, 3, 4), labels=labels)
         assert forward.targets is not None
         assert forward.targets.tolist() == [[2, 3]]

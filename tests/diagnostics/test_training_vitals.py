@@ -37,7 +37,7 @@ def test_one_parameter_group_has_no_module() -> None:
 
 
 def test_a_rate_that_is_a_tensor_is_not_read_on_the_host() -> None:
-    rates = [torch.tensor(0.5), 0.25]
+    rates: list[torch.Tensor | float] = [torch.tensor(0.5), 0.25]
     found = rows(StepReading(learning_rates=rates))
     assert found == {("learning_rate", "0"): 0.5, ("learning_rate", "1"): 0.25}
     device = StepReading(learning_rates=[torch.tensor(0.5, device="meta")])
