@@ -76,16 +76,9 @@ class Layout:
         return [path for owner, _, path in sorted(found) if rank is None or owner == rank]
 
     def next_sequence(self, table: str, rank: int) -> int:
-        """A sequence number that no segment of the rank ever had, superseded ones included."""
-        names = [path.name for path in self.segments(table, rank)]
-        folder = self.superseded(table)
-        names += [path.name for path in folder.glob("*")] if folder.is_dir() else []
-        used = [
-            int(match[2])
-            for match in map(re.compile(r"(\d{3,})-(\d{6,})\b").match, names)
-            if match and int(match[1]) == rank
-        ]
-        return max(used, default=-1) + 1
+        """A sequence number that no segment of the rank ever had: resumes leave empty ones."""
+        matches = [match for _, match in _matching(self.root / table, _SEGMENT)]
+        return max((int(match[2]) for match in matches if int(match[1]) == rank), default=-1) + 1
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:

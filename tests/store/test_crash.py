@@ -2,6 +2,7 @@ import ctypes
 import itertools
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -415,6 +416,22 @@ def test_a_process_that_ends_seals_its_log_and_says_how_it_ended(
     assert [found.reason for found in run.status()] == [reason]
     assert metrics_of(tmp_path / "run") == {"loss": 1.0}
     assert not list((tmp_path / "run").glob("*/*.arrows"))
+
+
+def test_sigterm_is_heeded_until_the_last_row_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, handlers, real = RunWriter(tmp_path / "run"), list[Any](), pq.write_table
+
+    def write_table(*arguments: Any, **options: Any) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        real(*arguments, **options)
+
+    monkeypatch.setattr(pq, "write_table", write_table)
+    log_steps(writer, 1, 1)
+    writer.close()
+    assert handlers == [writer._on_sigterm] * 2
+    assert signal.getsignal(signal.SIGTERM) == writer._old_handler
 
 
 def test_an_exception_in_what_runs_before_the_exit_does_not_stop_it(tmp_path: Path) -> None:
