@@ -34,7 +34,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(THREADS)
     cells = {
-        preset: measure(preset, limit, blocks=4 if quick else 30)
+        preset: measure(preset, limit, blocks=3 if quick else 30)
         for preset, limit in (("fast", 0.03), ("balanced", 0.03), ("full", None))
     }
     print("\npreset     max_overhead   by the clock   standard error   by our meter   ms a step")
