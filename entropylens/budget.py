@@ -31,7 +31,8 @@ class Budget:
     """Keeps the share of wall time at or below ``max_overhead``.
 
     When over, it first lowers the number of measured tokens a step towards 256, then doubles all
-    intervals. When it has been below 40 % of the budget for five reviews it halves them again.
+    intervals. When it has been below 40 % of the budget for five reviews it halves them again and
+    then doubles the number of tokens, up to what was asked for.
 
     Args:
         max_overhead: Share of wall time allowed; None measures without ever thinning.
@@ -49,7 +50,7 @@ class Budget:
         if rows is not None and rows < 1:
             raise ValueError(f"Lens: expected rows >= 1 or None for all, got {rows}")
         self.max_overhead = max_overhead
-        self.rows = rows
+        self.rows = self._allowed_rows = rows
         self.widening = 1
         self._spent = 0.0
         self._paused = 0.0
@@ -102,11 +103,10 @@ class Budget:
             self._calm = 0
             return self._thin(tokens)
         self._calm = self._calm + 1 if fraction < 0.4 * self.max_overhead else 0
-        if self._calm >= CALM_REVIEWS and self.widening > 1:
-            self._calm = 0
-            self.widening //= 2
-            return f"intervals narrowed to {self.widening} times the preset's"
-        return None
+        if self._calm < CALM_REVIEWS:
+            return None
+        self._calm = 0
+        return self._restore(tokens)
 
     def _thin(self, tokens: int) -> str | None:
         rows = tokens if self.rows is None else min(self.rows, tokens)
@@ -117,3 +117,17 @@ class Budget:
             self.widening *= 2
             return f"intervals widened to {self.widening} times the preset's"
         return None
+
+    def _restore(self, tokens: int) -> str | None:
+        if self.widening > 1:
+            self.widening //= 2
+            return f"intervals narrowed to {self.widening} times the preset's"
+        if self.rows is None or self.rows == self._allowed_rows:
+            return None
+        enough = tokens if self._allowed_rows is None else self._allowed_rows
+        if 2 * self.rows < enough:
+            self.rows *= 2
+        else:
+            self.rows = self._allowed_rows
+        many = "all" if self.rows is None else f"at most {self.rows}"
+        return f"{many} tokens a step are measured again"

@@ -81,6 +81,26 @@ def test_intervals_narrow_again_only_after_a_calm_while(clock: Clock) -> None:
     assert changes[-1] == "intervals narrowed to 1 times the preset's"
 
 
+@pytest.mark.parametrize("rows", [None, 2048])
+def test_rows_come_back_one_doubling_at_a_time_after_intervals(
+    clock: Clock, rows: int | None
+) -> None:
+    budget = warm(Budget(0.03, rows), clock)
+    for _ in range(4):
+        review(budget, clock, 0.2, tokens=2048)
+    assert (budget.rows, budget.widening) == (SAMPLED_ROWS, 4)
+    calm = [review(budget, clock, 0.001, tokens=2048).change for _ in range(7 * CALM_REVIEWS)]
+    said = [change for change in calm if change is not None]
+    assert said == [
+        "intervals narrowed to 2 times the preset's",
+        "intervals narrowed to 1 times the preset's",
+        "at most 512 tokens a step are measured again",
+        "at most 1024 tokens a step are measured again",
+        f"{'all' if rows is None else 'at most 2048'} tokens a step are measured again",
+    ]
+    assert budget.rows == rows
+
+
 def test_no_limit_never_thins(clock: Clock) -> None:
     budget = warm(Budget(None, None), clock)
     assert review(budget, clock, 0.9).change is None
