@@ -8,6 +8,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 from entropylens.errors import EntropyLensError
@@ -226,7 +227,8 @@ def _conclude(out: Path, console: Any) -> None:
     run = open_run(out)
     console.print("\nWhat happened:")
     for sentence in sentences(read_overview(run)):
-        console.print(f"  - {sentence}", markup=False)
+        text = fill(sentence, console.width, initial_indent="  - ", subsequent_indent="    ")
+        console.print(text, markup=False)
     report = write_report(run, out / "report.html")
     console.print(f"\nThe log is {out}, the report {report}.")
     console.print(f"  in a browser:      open {report}", soft_wrap=True)

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -206,7 +207,8 @@ def print_summary(console: "Console", found: Mapping[str, Any]) -> None:
         console.print(Text(f"  {label:<10}{text}"), overflow="fold")
     console.print()
     for sentence in found["happened"]:
-        console.print(Text(f"- {plain(sentence)}"))
+        width = min(console.width, 100)
+        console.print(Text(fill(f"- {plain(sentence)}", width, subsequent_indent="  ")))
     if found["series"]:
         console.print()
         _print_series(console, found["series"])
