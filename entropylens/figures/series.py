@@ -205,6 +205,8 @@ def _empty(unit: str, spans: Sequence[Span], logarithmic: bool) -> go.Figure:
     figure.update_yaxes(
         title="" if unit == "1" else unit, zeroline=False, type="log" if logarithmic else "linear"
     )
+    if logarithmic:
+        figure.update_yaxes(dtick="D2")
     for number, span in enumerate(spans):
         figure.add_vrect(
             x0=span.first - 0.5,
