@@ -242,6 +242,7 @@ def test_many_blocks_of_rows_are_put_together_in_order(monkeypatch: pytest.Monke
     assert torch.equal(token_statistics(logits, targets).logprob, whole.logprob)
 
 
+@pytest.mark.skipif(not module._has_compiler("cpu"), reason="no C++ compiler here")
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @every_shape
 def test_compiled_sums_equal_the_same_definitions(logits: Tensor) -> None:
