@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import cache
 from math import prod
-from types import FunctionType
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from entropylens.diagnostics._tile_sums import TILE, join_tiles, may_compile, tile_sums
+
 __all__ = ["TokenStatistics", "token_statistics", "token_statistics_from_hidden"]
 
-log = logging.getLogger("entropylens")
-
-TILE: Final = 4096
-"""Classes summed in float32 before float64 takes over; what a core's first caches hold."""
-EAGER_ELEMENTS: Final = 1 << 20
-"""Logits in each of three buffers where nothing is compiled: 12 MiB that stay in the cache."""
 BLOCK_ELEMENTS: Final = 1 << 26
 """Logits between two joins in float64."""
 HIDDEN_ROWS: Final = 256
-COMPILE_ELEMENTS: Final = 1 << 26
-"""Logits from which compiling, some ten seconds once, is worth its while."""
-
-_LOWEST: Final = -87.0
-"""exp of it is the least normal float32; what lies below counts as probability 0."""
-_FLAT: Final = 4.0
-"""Nats between maximum and mean below which a tile counts as flat."""
-_LOG2_E: Final = 1.4426950408889634
-# 2^f on [-0.5, 0.5], exactly 1 at 0, fitted to the least relative error: 1e-7.
-_EXP2: Final = (
-    1.0,
-    0.6931470036506653,
-    0.24022242426872253,
-    0.05550733581185341,
-    0.009671512991189957,
-    0.001326472614891827,
-)
 
 
 @dataclass(frozen=True)
@@ -64,24 +38,6 @@ class TokenStatistics:
     """Largest p_i."""
     log_sum_exp: Tensor
     """log sum_i exp(z_i / T)."""
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Of one tile of logits, each ``[rows, tiles]``.
-
-    With ``x = (z - maximum) / T``: ``e`` sums exp(x); the others sum over all classes but the
-    maxima, with ``w = exp(x)`` and ``y = x - centre``.
-    """
-
-    maximum: Tensor
-    centre: Tensor
-    e: Tensor
-    w: Tensor
-    wy: Tensor
-    wyy: Tensor
-    ww: Tensor
-    wwy: Tensor
 
 
 def token_statistics(
@@ -134,14 +90,14 @@ def token_statistics(
     """
     _check(logits, targets, mask, temperature)
     vocabulary = logits.shape[-1]
-    use_compiler = _choose(compiled, logits.device, logits.numel())
+    use_compiler = may_compile(compiled, logits.device, logits.numel())
     block = max(BLOCK_ELEMENTS // vocabulary, 1)
     with torch.no_grad():
         results = []
         for rows, wanted in _row_blocks(logits, targets.flatten(), block):
-            sums = [_tile_sums(part, temperature, use_compiler) for part in _tiles(rows)]
+            sums = [tile_sums(part, temperature, use_compiler) for part in _tiles(rows)]
             at = wanted.clamp(0, vocabulary - 1)[:, None]
-            results.append(_join(sums, rows.gather(1, at).squeeze(1).float(), temperature))
+            results.append(join_tiles(sums, rows.gather(1, at).squeeze(1).float(), temperature))
         return _assemble(results, targets, mask, vocabulary)
 
 
@@ -194,7 +150,7 @@ def token_statistics_from_hidden(
     _check_hidden(hidden, weight, bias, soft_cap)
     vocabulary = weight.shape[0]
     _check(hidden.expand(*hidden.shape), targets, mask, temperature)
-    use_compiler = _choose(compiled, hidden.device, targets.numel() * vocabulary)
+    use_compiler = may_compile(compiled, hidden.device, targets.numel() * vocabulary)
     with torch.no_grad():
         results = []
         for rows, wanted in _row_blocks(hidden, targets.flatten(), HIDDEN_ROWS):
@@ -207,8 +163,8 @@ def token_statistics_from_hidden(
                 inside = (wanted >= start) & (wanted < start + TILE)
                 at = (wanted - start).clamp(0, part.shape[1] - 1)[:, None]
                 picked = torch.where(inside, part.gather(1, at).squeeze(1), picked)
-                sums.append(_tile_sums(part[:, None], temperature, use_compiler))
-            results.append(_join(sums, picked, temperature))
+                sums.append(tile_sums(part[:, None], temperature, use_compiler))
+            results.append(join_tiles(sums, picked, temperature))
         return _assemble(results, targets, mask, vocabulary)
 
 
@@ -249,180 +205,6 @@ def _assemble(
         joined = torch.cat(parts) if parts else kept.new_zeros(0, dtype=torch.float32)
         columns[name] = torch.where(kept, joined.view(targets.shape), torch.nan)
     return TokenStatistics(**columns)
-
-
-# -- one tile --------------------------------------------------------------------------------------
-
-
-def _tile_sums(tiles: Tensor, temperature: float, use_compiler: bool) -> _Sums:
-    if use_compiler and tiles.shape[0] > 1:
-        found = _run_compiled(tiles, temperature)
-        if found is not None:
-            return _Sums(*found)
-    blocks = tiles.split(max(EAGER_ELEMENTS // prod(tiles.shape[1:]), 1))
-    scratch = torch.empty(3, blocks[0].numel(), device=tiles.device)
-    sums = [_eager_sums(block, temperature, scratch[:, : block.numel()]) for block in blocks]
-    return _Sums(*map(torch.cat, zip(*sums, strict=True)))
-
-
-def _centre(maximum: Tensor, mean: Tensor, inverse_temperature: Tensor | float) -> Tensor:
-    """Where moments of ``x`` are taken about: the mean of a flat tile, else the maximum.
-
-    The closer to the mean under p, the fewer digits cancel; the plain mean is close where the tile
-    is nearly flat, the maximum where it stands out.
-    """
-    gap = (mean - maximum) * inverse_temperature
-    return torch.where(gap > -_FLAT, gap, 0.0)
-
-
-def _eager_sums(tiles: Tensor, temperature: float, scratch: Tensor) -> tuple[Tensor, ...]:
-    """`_fused_sums` in separate operations on three buffers that stay in the cache."""
-    y, w, wy = (buffer.view(tiles.shape) for buffer in scratch)
-    inverse = 1.0 / temperature
-    y.copy_(tiles)
-    maximum = y.amax(-1)
-    centre = _centre(maximum, y.mean(-1), inverse)
-    y.sub_(maximum.clamp(min=torch.finfo(torch.float32).min)[..., None])
-    if inverse != 1.0:
-        y.mul_(inverse)
-    torch.exp(y.clamp_(min=_LOWEST), out=w)
-    e = w.sum(-1)
-    w.masked_fill_(y >= 0, 0.0)
-    torch.mul(w, y.sub_(centre[..., None]), out=wy)
-    sums = w.sum(-1), wy.sum(-1), y.mul_(wy).sum(-1)
-    return maximum, centre, e, *sums, torch.mul(w, w, out=y).sum(-1), w.mul_(wy).sum(-1)
-
-
-def _fused_sums(tiles: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, ...]:
-    """The sums of `_Sums`; compiled, two loops over a tile that the cache holds."""
-    tiles = tiles.float()
-    maximum = tiles.amax(-1)
-    centre = _centre(maximum, tiles.mean(-1), inverse_temperature)
-    x = tiles - maximum.clamp(min=torch.finfo(torch.float32).min)[..., None]
-    x = (x * inverse_temperature).clamp(min=_LOWEST)
-    e = _exp(x)
-    w = torch.where(x < 0, e, 0.0)
-    y = x - centre[..., None]
-    wy = w * y
-    return (
-        maximum,
-        centre,
-        e.sum(-1),
-        w.sum(-1),
-        wy.sum(-1),
-        (wy * y).sum(-1),
-        (w * w).sum(-1),
-        (wy * w).sum(-1),
-    )
-
-
-def _exp(x: Tensor) -> Tensor:
-    """The exponential for x in -87..0: written out, it is compiled into the loop that it stands in.
-
-    Called, a library's exp spills every running sum and makes the loop five times slower.
-    """
-    t = x * _LOG2_E
-    whole = torch.round(t)
-    rest = t - whole
-    power = torch.full_like(rest, _EXP2[-1])
-    for coefficient in reversed(_EXP2[:-1]):
-        power = power * rest + coefficient
-    return power * ((whole.to(torch.int32) + 127) << 23).view(torch.float32)
-
-
-# -- from tiles to tokens --------------------------------------------------------------------------
-
-
-def _join(parts: list[_Sums], picked: Tensor, temperature: float) -> dict[str, Tensor]:
-    """Statistics of each row from its tiles, in float64 where the device has it."""
-    wide = torch.float32 if picked.device.type == "mps" else torch.float64
-    inverse = 1.0 / temperature
-
-    def column(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts], 1).to(wide)
-
-    maximum, centre, w = column("maximum"), column("centre"), column("w")
-    largest = maximum.amax(1, keepdim=True)
-    offset = ((maximum - largest) * inverse).clamp(min=-1e4)
-    scale = offset.exp()
-    ties = (column("e") - w).round()
-    # Mass relative to the row's largest term, with that one term left out.
-    rest = (scale * w + torch.where(offset < 0, scale * ties, 0.0)).sum(1)
-    rest = rest + (torch.where(offset < 0, 0.0, ties).sum(1) - 1)
-    total = 1 + rest
-    mass, squares = w + ties, column("ww") + ties
-    # Moments about the centre, the maxima, which lie at -centre from it, taken in.
-    first = column("wy") - ties * centre
-    second = column("wyy") + ties * centre**2
-    pull = column("wwy") - ties * centre
-    place = offset + centre
-    mean = (scale * (mass * place + first)).sum(1) / total
-    spread = (second - first**2 / mass).clamp(min=0)
-    gap = place + first / mass - mean[:, None]
-    variance = (scale * (spread + mass * gap**2)).sum(1) / total
-    pull = pull + squares * (place - mean[:, None])
-    log_rest = torch.log1p(rest)
-    top = largest.squeeze(1)
-    found = {
-        "logprob": (picked.to(wide) - top) * inverse - log_rest,
-        "entropy": log_rest - mean,
-        "varentropy": variance,
-        "sum_squared_probabilities": (scale**2 * squares).sum(1) / total**2,
-        "expected_discriminator": (scale**2 * pull).sum(1) / total**2,
-        "max_probability": 1 / total,
-        "log_sum_exp": top * inverse + log_rest,
-    }
-    usable = top.isfinite()
-    return {name: torch.where(usable, v, torch.nan).float() for name, v in found.items()}
-
-
-# -- compiling -------------------------------------------------------------------------------------
-
-
-@cache
-def _has_compiler(device_type: str) -> bool:
-    if os.environ.get("TORCHDYNAMO_DISABLE", "0") != "0":
-        return False
-    if device_type == "cpu":
-        return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    return device_type == "cuda" and torch.cuda.get_device_capability()[0] >= 7
-
-
-def _choose(compiled: bool | None, device: torch.device, elements: int) -> bool:
-    if device.type == "meta" or device.type in _broken:
-        return False
-    if compiled is None:
-        return elements >= COMPILE_ELEMENTS and _has_compiler(device.type)
-    return compiled
-
-
-@cache
-def _compiled(dtype: torch.dtype, tiles: int, width: int) -> Callable[..., Any]:
-    """One compiled function for each shape of tiles: a single one may be compiled but 8 times."""
-    own = FunctionType(_fused_sums.__code__.replace(), _fused_sums.__globals__)
-    return torch.compile(own, fullgraph=True)
-
-
-_broken: set[str] = set()
-
-
-def _run_compiled(tiles: Tensor, temperature: float) -> tuple[Tensor, ...] | None:
-    try:
-        # Only the number of rows may vary: the inner loops are fast with widths known.
-        tiles = tiles.detach()
-        torch._dynamo.maybe_mark_dynamic(tiles, 0)
-        run = _compiled(tiles.dtype, *tiles.shape[1:])
-        return run(tiles, torch.tensor(1.0 / temperature))
-    except Exception as error:
-        _broken.add(tiles.device.type)
-        log.warning(
-            "entropylens: token_statistics could not be compiled on %s (%s: %s); the uncompiled "
-            "sums are used instead, about ten times slower",
-            tiles.device.type,
-            type(error).__name__,
-            " ".join(str(error).split())[:300],
-        )
-        return None
 
 
 # -- arguments -------------------------------------------------------------------------------------

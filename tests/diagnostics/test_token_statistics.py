@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics import token_statistics as module
+from entropylens.diagnostics import _tile_sums as module
 from entropylens.diagnostics.token_statistics import (
     TokenStatistics,
     token_statistics,
