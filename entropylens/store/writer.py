@@ -4,7 +4,6 @@ import atexit
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -12,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -22,18 +20,10 @@ import pyarrow as pa
 from entropylens.errors import EntropyLensError
 from entropylens.records import FORMAT_VERSION, SCHEMAS
 from entropylens.store.batches import record_batch, row_count
-from entropylens.store.compact import repair
-from entropylens.store.layout import Layout
-from entropylens.store.manifest import (
-    add_attempt,
-    load_manifest,
-    new_manifest,
-    plain,
-    save_manifest,
-)
-from entropylens.store.resume import rewind
-from entropylens.store.seal import covered_rows, seal_abandoned, seal_tail
-from entropylens.store.status import Claim, RankStatus, load_status
+from entropylens.store.manifest import plain, save_manifest
+from entropylens.store.opening import checked_place, claim_place, open_manifest
+from entropylens.store.seal import covered_rows, seal_tail
+from entropylens.store.status import RankStatus
 from entropylens.store.tail import Tail
 
 __all__ = ["RunWriter"]
@@ -42,7 +32,7 @@ log = logging.getLogger("entropylens")
 
 HEARTBEAT_SECONDS: Final = 5.0
 JOIN_SECONDS: Final = 60.0
-"""How long a rank waits for rank 0 to open the run, and closing waits for the last rows."""
+"""How long closing waits for the last rows."""
 
 
 class RunWriter:
@@ -103,9 +93,9 @@ class RunWriter:
         self._end: tuple[str, str] | None = None
         self._pid = os.getpid()
         self._old_error = getattr(sys, "last_value", None)
-        root = _checked(run_dir)
+        root = checked_place(run_dir)
         try:
-            self._layout, self._claim = _claim(root, rank, resume_step)
+            self._layout, self._claim = claim_place(root, rank, resume_step)
             try:
                 self._begin(name or root.name, world_size, config, resume_step)
             except BaseException:
@@ -228,7 +218,14 @@ class RunWriter:
     def _begin(
         self, name: str, world_size: int, config: Mapping[str, Any] | None, resume: int | None
     ) -> None:
-        self._manifest = self._open(name, world_size, config, resume)
+        self._manifest = open_manifest(
+            self._layout,
+            self.rank,
+            name=name,
+            world_size=world_size,
+            config=config,
+            resume_step=resume,
+        )
         run_id, self.attempt = self._manifest["run_id"], len(self._manifest["attempts"]) - 1
         self._next_row = {t: covered_rows(self._layout, run_id, t, self.rank) for t in SCHEMAS}
         self._covered = dict(self._next_row)
@@ -240,30 +237,6 @@ class RunWriter:
             step=self.step,
         )
         self._drain()  # pyarrow imports pandas at its first row, which fails when Python is ending
-
-    def _open(
-        self, name: str, world_size: int, config: Mapping[str, Any] | None, resume: int | None
-    ) -> dict[str, Any]:
-        layout = self._layout
-        if self.rank > 0:
-            manifest = _wait_for_rank_zero(layout, resume or 0)
-            if len(manifest["attempts"]) > 1:
-                rewind(layout, manifest["run_id"], self.rank, resume or 0)
-            else:
-                seal_abandoned(layout, manifest["run_id"], self.rank)
-            return manifest
-        if layout.manifest.exists():
-            manifest = load_manifest(layout.root)
-            repair(layout, manifest["run_id"])
-            rewind(layout, manifest["run_id"], self.rank, resume or 0)
-            _rewind_gone(layout, manifest["run_id"], world_size, resume or 0)
-            manifest["world_size"], manifest["config"] = world_size, dict(config or {})
-        else:
-            manifest = new_manifest(name, world_size, config)
-            seal_abandoned(layout, manifest["run_id"], self.rank)
-        add_attempt(manifest, resume or 0, world_size)
-        save_manifest(layout, manifest)
-        return manifest
 
     # -- leaving ---------------------------------------------------------------------------------
 
@@ -428,67 +401,6 @@ class RunWriter:
             status.save(self._layout, sync=leave)
         except OSError as error:
             self.fault("status", error)
-
-
-def _checked(run_dir: str | Path) -> Path:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(run_dir)):
-        raise EntropyLensError(
-            f"RunWriter: expected a local run_dir, got {str(run_dir)!r}; object stores have no "
-            f"append: write to a disk and copy the directory"
-        )
-    root = Path(run_dir).expanduser().absolute()
-    if root.exists() and not root.is_dir():
-        raise EntropyLensError(
-            f"RunWriter: expected run_dir to be a directory, got the file {root}; choose another"
-        )
-    return root
-
-
-def _claim(root: Path, rank: int, resume_step: int | None) -> tuple[Layout, Claim]:
-    """Where to write, and the right to; a run that has ended is left alone unless resumed."""
-    layout = Layout(root)
-    claim = Claim(layout, rank)
-    if rank > 0 or resume_step is not None or not layout.manifest.exists():
-        return layout, claim
-    claim.release()
-    load_manifest(root)
-    number = 2
-    while True:
-        free = root.with_name(f"{root.name}-{number}")
-        try:
-            os.mkdir(free)
-            break
-        except FileExistsError:
-            number += 1
-    log.warning("entropylens: %s holds a run that has ended; writing to %s", root, free)
-    return Layout(free), Claim(Layout(free), rank)
-
-
-def _rewind_gone(layout: Layout, run_id: str, world_size: int, step: int) -> None:
-    """Rewind ranks that the run no longer has; one that is alive rewinds itself."""
-    for rank in layout.ranks():
-        if rank >= world_size:
-            with suppress(EntropyLensError):
-                claim = Claim(layout, rank)
-                rewind(layout, run_id, rank, step)
-                claim.release()
-
-
-def _wait_for_rank_zero(layout: Layout, start_step: int) -> dict[str, Any]:
-    deadline, before = time.monotonic() + JOIN_SECONDS, load_status(layout.status(0))
-    while time.monotonic() < deadline:
-        status = load_status(layout.status(0))
-        is_new = status is not None and (before is None or status.attempt > before.attempt)
-        if status is not None and (is_new or status.seen_state() == "running"):
-            manifest = load_manifest(layout.root)
-            newest = manifest["attempts"][-1]
-            if newest["start_step"] == start_step and newest["attempt"] == status.attempt:
-                return manifest
-        time.sleep(0.05)
-    raise EntropyLensError(
-        f"RunWriter: expected rank 0 to open {layout.root} within {JOIN_SECONDS:.0f} s, but it did "
-        f"not; give all ranks the same new run_dir"
-    )
 
 
 def _install(handler: Callable[[int, Any], None]) -> Any:

@@ -18,7 +18,7 @@ from store.strangers import STRANGERS, read_by, segments
 
 from entropylens.errors import EntropyLensError
 from entropylens.records import FORMAT_VERSION, SCHEMAS
-from entropylens.store import writer as writer_module
+from entropylens.store import opening
 from entropylens.store.layout import Layout
 from entropylens.store.reader import open_run
 from entropylens.store.status import RankStatus
@@ -602,7 +602,7 @@ def test_a_rank_joins_a_run_that_rank_0_has_meanwhile_opened_and_ended(
         monkeypatch.undo()
         open_writer(tmp_path / "run", world_size=2, resume_step=resume_step).close()
 
-    monkeypatch.setattr(writer_module, "JOIN_SECONDS", 1.0)
+    monkeypatch.setattr(opening, "WAIT_SECONDS", 1.0)
     monkeypatch.setattr(time, "sleep", open_and_end)
     writer = open_writer(tmp_path / "run", rank=1, world_size=2, resume_step=resume_step)
     writer.close()
@@ -612,7 +612,7 @@ def test_a_rank_joins_a_run_that_rank_0_has_meanwhile_opened_and_ended(
 
 
 def test_a_rank_that_waits_in_vain_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "JOIN_SECONDS", 0.1)
+    monkeypatch.setattr(opening, "WAIT_SECONDS", 0.1)
     for _ in range(2):
         with pytest.raises(EntropyLensError, match=r"expected rank 0 to open .*run within 0 s"):
             RunWriter(tmp_path / "run", rank=1, world_size=2)
