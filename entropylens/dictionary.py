@@ -12,17 +12,15 @@ from typing import Final
 
 from entropylens.errors import EntropyLensError, unknown_name
 
-__all__ = ["Definition", "definition", "definitions"]
+__all__ = ["Definition", "Metric", "definition", "definitions"]
 
 _FILE: Final = Path(__file__).with_name("dictionary.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Definition:
-    """What one metric name means."""
+class Metric:
+    """An entry of the metric dictionary: what one name in the log means."""
 
-    name: str
-    """As written in the log, or a pattern: ``*`` stands for any text."""
     question: str
     """What a person asks when looking at it."""
     formula: str
@@ -38,7 +36,15 @@ class Definition:
     cost: str
     """Time and memory of one measurement."""
     source: str
-    """The paper and equation, or the code, that defines it."""
+    """Paper or definition it follows, and where it deviates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition(Metric):
+    """A definition as the dictionary holds it."""
+
+    name: str
+    """As written in the log, or a pattern: ``*`` stands for any text."""
     diagnostic: str
     """Which diagnostic writes it."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
+from entropylens.dictionary import Metric
 from entropylens.errors import unknown_name
 from entropylens.schedule import PRESETS, Schedule
 
@@ -38,28 +39,6 @@ __all__ = [
     "resolve_schedules",
     "write_dictionary",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """An entry of the metric dictionary: what one name in the log means."""
-
-    question: str
-    """What a person asks when looking at it."""
-    formula: str
-    """How it is computed, in symbols."""
-    unit: str
-    """nats, tokens, s, GiB, 1 (a pure number), ..."""
-    estimator: str
-    """Over what it is taken: which tokens, which weights, sampled or complete."""
-    high: str
-    """What a high value means in training."""
-    low: str
-    """What a low value means in training."""
-    cost: str
-    """Time and memory of one measurement."""
-    source: str
-    """Paper or definition it follows, and where it deviates."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def token_statistics(
         targets: ``[...]`` integers; one that is negative or not below V is masked.
         mask: ``[...]``, true where a token is scored; None is all.
         temperature: T > 0.
-        compiled: Use `torch.compile`, about 3 plain reads of the logits against 30; None does so
+        compiled: Use `torch.compile`, about 4 plain reads of the logits against 16; None does so
             from 64 M logits on where a compiler is there. Should compiling fail, the same sums run
             uncompiled, and that is logged once.
 

@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 
 from entropylens.errors import EntropyLensError, unknown_name
 from entropylens.records import SCHEMAS
+from entropylens.store.filters import split_patterns
 from entropylens.store.reader import Run
 from entropylens.store.segments import read_segment
 
@@ -165,19 +166,12 @@ def _combined(connection: "DuckDBPyConnection", names: str | Sequence[str] | Non
 
     metrics = ibis.duckdb.from_connection(connection).table("metrics")
     if names is not None:
-        wanted = [names] if isinstance(names, str) else list(names)
-        plain = [name for name in wanted if not set("*?") & set(name)]
-        patterns = [_regex(name) for name in wanted if name not in plain]
+        plain, patterns = split_patterns(names)
         chosen = metrics.name.isin(plain)
         for pattern in patterns:
             chosen |= metrics.name.re_search(pattern)
         metrics = metrics.filter(chosen)
     return combine_ranks(metrics)
-
-
-def _regex(pattern: str) -> str:
-    parts = {"*": ".*", "?": "."}
-    return "^" + "".join(parts.get(letter, re.escape(letter)) for letter in pattern) + "$"
 
 
 def _ordered(expression: "ir.Table", columns: Sequence[str]) -> pa.Table:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 
 from entropylens.errors import EntropyLensError
 from entropylens.records import SCHEMAS
+from entropylens.store.filters import all_of, filtered, matching, within
 from entropylens.store.layout import Layout
 from entropylens.store.manifest import load_manifest
 from entropylens.store.segments import Footer, read_footer, read_segment
@@ -193,7 +193,7 @@ class Run:
             ValueError: The cursor is of another run or table.
             EntropyLensError: The run's manifest is gone or newer.
         """
-        conditions = _matching("name", names), _matching("module", modules)
+        conditions = matching("name", names), matching("module", modules)
         return self.rows("metrics", phases=phases, steps=steps, since=since, where=conditions)
 
     def tokens(self, **filters: Any) -> Rows:
@@ -246,7 +246,7 @@ class Run:
                 f"Run.{table}: expected a cursor of this run's {table}, got one of "
                 f"{since.table} of run {since.run_id[:8]}"
             )
-        condition = _all([_matching("phase", phases), *_within(steps), *where])
+        condition = all_of([matching("phase", phases), *within(steps), *where])
         for _ in range(_RELISTS):
             try:
                 return self._read(table, condition, since)
@@ -290,10 +290,10 @@ class Run:
             except ValueError as error:
                 notes.append(f"skipped: {error}")
                 continue
-            parts.append(_filtered(rows.slice(skip), condition) if skip else rows)
+            parts.append(filtered(rows.slice(skip), condition) if skip else rows)
         for rank, first, rows in found.tails:
             skip = min(max(start.get(rank, 0) - first, 0), rows.num_rows)
-            parts.append(_filtered(rows.slice(skip), condition))
+            parts.append(filtered(rows.slice(skip), condition))
         self._warn(notes)
         ends = found.next_rows()
         ends |= {rank: max(ends.get(rank, 0), end) for rank, end in start.items()}
@@ -402,40 +402,3 @@ def list_runs(folder: str | Path) -> list[Run]:
         except EntropyLensError as error:
             warnings.warn(f"left out: {error}", UserWarning, stacklevel=2)
     return sorted(runs, key=lambda run: (run.created, run.name), reverse=True)
-
-
-def _matching(column: str, wanted: str | Sequence[str] | None) -> pc.Expression | None:
-    if wanted is None:
-        return None
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    plain = [name for name in names if not set("*?") & set(name)]
-    found = [pc.field(column).isin(pa.array(plain, pa.string()))]
-    patterns = [_regex(name) for name in names if name not in plain]
-    if patterns:
-        found.append(pc.match_substring_regex(pc.field(column), "|".join(patterns)))
-    return found[0] if len(found) == 1 else found[0] | found[1]
-
-
-def _regex(pattern: str) -> str:
-    parts = {"*": ".*", "?": "."}
-    return "^" + "".join(parts.get(letter, re.escape(letter)) for letter in pattern) + "$"
-
-
-def _within(steps: tuple[int | None, int | None] | None) -> list[pc.Expression | None]:
-    first, last = steps or (None, None)
-    return [
-        None if first is None else pc.field("step") >= first,
-        None if last is None else pc.field("step") <= last,
-    ]
-
-
-def _all(conditions: Sequence[pc.Expression | None]) -> pc.Expression | None:
-    joined = None
-    for condition in conditions:
-        if condition is not None:
-            joined = condition if joined is None else joined & condition
-    return joined
-
-
-def _filtered(rows: pa.Table, condition: pc.Expression | None) -> pa.Table:
-    return rows if condition is None else rows.filter(condition)
