@@ -1,7 +1,7 @@
 """What happened in a run, in numbers and in sentences."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -101,17 +101,12 @@ def read_overview(run: Run) -> Overview:
     found = Overview(run, run.state(), curves, read_curves(run, "eval"), spikes, jumps, None)
     compared, around = _stretches(found)
     tokens = run.tokens().to_pandas()
-    return Overview(
-        run,
-        found.state,
-        curves,
-        found.evaluation,
-        spikes,
-        jumps,
-        compared,
-        [] if compared is None or tokens.empty else changed_tokens(tokens, *compared),
-        worst_samples(run.samples().to_pandas(), around),
-        run.events().to_arrow().to_pylist(),
+    return replace(
+        found,
+        compared=compared,
+        tokens=[] if compared is None or tokens.empty else changed_tokens(tokens, *compared),
+        samples=worst_samples(run.samples().to_pandas(), around),
+        events=run.events().to_arrow().to_pylist(),
     )
 
 
