@@ -1,11 +1,15 @@
 """What entropylens may cost, what it does cost, and what gives way when that is too much."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil, log2
 from time import perf_counter
 from typing import Final
 
-__all__ = ["Budget", "Review"]
+__all__ = ["MAX_OVERHEAD", "Budget", "Review"]
 
+MAX_OVERHEAD: Final[Mapping[str, float]] = {"fast": 0.01, "balanced": 0.03, "full": 0.03}
+"""Share of wall time allowed, by preset."""
 SAMPLED_ROWS: Final = 256
 """Tokens a step below which rows are not thinned; intervals are widened instead."""
 WIDEST: Final = 1024
@@ -13,6 +17,8 @@ WARM_UP_STEPS: Final = 3
 """Steps whose cost is not judged: allocators, lazy imports and first calls fall in them."""
 REVIEW_SECONDS: Final = 2.0
 REVIEW_STEPS: Final = 10
+LARGEST_LEAP: Final = 16
+"""Factor by which one review widens at most: the cost it saw may have been another program's."""
 CALM_REVIEWS: Final = 5
 """Reviews in a row well below the budget before an interval is narrowed again."""
 
@@ -30,9 +36,10 @@ class Review:
 class Budget:
     """Keeps the share of wall time at or below ``max_overhead``.
 
-    When over, it first lowers the number of measured tokens a step towards 256, then doubles all
-    intervals. When it has been below 40 % of the budget for five reviews it halves them again and
-    then doubles the number of tokens, up to what was asked for.
+    When over, it first lowers the number of measured tokens a step towards 256, then widens all
+    intervals, both by as much as the excess asks for and by 16 at most. When it has been below 40 %
+    of the budget for five reviews it halves them again and then doubles the number of tokens, up to
+    what was asked for.
 
     Args:
         max_overhead: Share of wall time allowed; None measures without ever thinning.
@@ -52,6 +59,9 @@ class Budget:
         self.max_overhead = max_overhead
         self.rows = self._allowed_rows = rows
         self.widening = 1
+        self.next_review = 0.0
+        """On the clock of `time.perf_counter`: before it, and within ten steps of the last review,
+        `end_step` only counts."""
         self._spent = 0.0
         self._paused = 0.0
         self._writer_cpu = 0.0
@@ -67,6 +77,17 @@ class Budget:
     def pause(self, seconds: float) -> None:
         """Leave out wall time in which no training step ran."""
         self._paused += seconds
+        self.next_review += seconds
+
+    def pass_step(self) -> None:
+        """Count a step after which nothing can be due: cheaper than `end_step`."""
+        self._steps += 1
+
+    def resume(self, rows: int | None, widening: int) -> None:
+        """Go on as thinned as an earlier attempt was; never with more rows than are allowed now."""
+        if rows is not None and (self._allowed_rows is None or rows < self._allowed_rows):
+            self.rows = rows
+        self.widening = min(max(widening, 1), WIDEST)
 
     def end_step(self, writer_cpu: float, tokens: int) -> Review | None:
         """Count a step and, every 2 s and 10 steps, judge the cost.
@@ -95,26 +116,28 @@ class Budget:
         self._since, self._writer_cpu = perf_counter(), writer_cpu
         self._spent = self._paused = 0.0
         self._steps = 0
+        self.next_review = self._since + REVIEW_SECONDS
 
     def _judge(self, fraction: float, tokens: int) -> str | None:
         if self.max_overhead is None:
             return None
         if fraction > self.max_overhead:
             self._calm = 0
-            return self._thin(tokens)
+            return self._thin(fraction / self.max_overhead, tokens)
         self._calm = self._calm + 1 if fraction < 0.4 * self.max_overhead else 0
         if self._calm < CALM_REVIEWS:
             return None
         self._calm = 0
         return self._restore(tokens)
 
-    def _thin(self, tokens: int) -> str | None:
+    def _thin(self, excess: float, tokens: int) -> str | None:
         rows = tokens if self.rows is None else min(self.rows, tokens)
+        leap = min(2 ** ceil(log2(excess)), LARGEST_LEAP)
         if rows > SAMPLED_ROWS:
-            self.rows = max(rows // 4, SAMPLED_ROWS)
+            self.rows = max(rows // max(leap, 4), SAMPLED_ROWS)
             return f"at most {self.rows} tokens a step are measured"
         if self.widening < WIDEST:
-            self.widening *= 2
+            self.widening = min(self.widening * leap, WIDEST)
             return f"intervals widened to {self.widening} times the preset's"
         return None
 

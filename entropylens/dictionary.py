@@ -37,6 +37,9 @@ class Metric:
     """Time and memory of one measurement."""
     source: str
     """Paper or definition it follows, and where it deviates."""
+    ranks: str = "mean"
+    """What the values of several ranks make together: ``mean`` (by weight), ``sum``, ``min``,
+    ``max`` or ``root_sum_square``."""
 
 
 @dataclass(frozen=True, kw_only=True)

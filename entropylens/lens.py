@@ -6,32 +6,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from time import perf_counter, time
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
-from entropylens.budget import Budget
-from entropylens.capture.device import allocated_bytes, resident_bytes
-from entropylens.capture.forward import Forward, tap_forward
-from entropylens.capture.micro_batches import MicroBatches, identifiers
-from entropylens.capture.optimizer import OptimizerTap, unwrap_optimizer
+from entropylens.budget import MAX_OVERHEAD, Budget
+from entropylens.capture.optimizer import named_optimizers
+from entropylens.meeting import rank_and_world, run_dir_of_rank_zero
 from entropylens.records import Phase, check_metric_name
-from entropylens.registry import Block, StepReading, resolve_schedules
+from entropylens.registry import Block, Scalars, resolve_schedules
 from entropylens.schedule import Schedule, check_preset
 from entropylens.session import Session
+from entropylens.store.manifest import load_manifest
 from entropylens.store.reader import open_run
 from entropylens.store.writer import RunWriter
 from entropylens.transfer import Stamp
+from entropylens.watch import Watch
 
 __all__ = ["ROWS", "Lens"]
 
 ROWS: Final[Mapping[str, int | None]] = {"fast": 256, "balanced": 1024, "full": None}
 """Tokens measured a step at most, by preset; None is all of them."""
-
-_LEAST_ROWS: Final = 16
 
 
 class Lens:
@@ -56,31 +54,41 @@ class Lens:
     Args:
         model: Its parameters name gradients and updates; its outputs are read if they carry logits.
             None where everything is passed to `observe`.
-        optimizer: For learning rates, gradients and updates; None leaves them out.
+        optimizer: For learning rates, gradients and updates: one, a sequence, or a mapping from the
+            names they shall have in the log (column ``module``). None leaves them out.
         run_dir: Where the log goes. A directory that holds an ended run is left alone and
-            ``NAME-2`` is taken, unless ``resume_step`` is given.
+            ``NAME-2`` is taken, unless ``resume_step`` or ``state`` is given. Under
+            torch.distributed every rank opens its own Lens and writes where rank 0 does.
         preset: ``fast``, ``balanced`` or ``full``: how often diagnostics run and on how many rows.
         diagnostics: Schedules that differ from the preset's, by diagnostic: a `Schedule`, an
             interval in steps, or False (off).
         max_overhead: Share of wall time we may take; rows, then intervals, give way when it is
-            exceeded. None never thins.
+            exceeded. By default the preset's: 1 % for ``fast``, else 3 %. None never thins.
         rows: Tokens measured a step at most; by default the preset's; None is all. Of several
             micro-batches each gives its share, at least 16, from the second measured step on; in
-            the first their number is not known, and each gives so many.
+            the first their number is not known, and each gives so many. Where a fused head gives
+            entropy and log-probability, they are taken of every token, and this limits only those
+            whose whole distribution is looked at.
         resume_step: Continue an existing run after this optimiser step: what it logged beyond is
             moved to ``superseded/``.
+        state: What `state_dict` gave at a checkpoint: continue after its step, in the directory it
+            names if that run is still there, else in ``run_dir``.
         name: Shown for the run; by default the directory's name.
         config: The run's own settings, kept in the manifest.
         decode: Token id to text for the tokens table; called on the training thread, once per id.
         temperature: The temperature at which the loss reads the logits.
-        seed: Of the generators that choose rows; the training's own are never touched.
-        rank: Of this process; by default torch.distributed's.
+        seed: Of the choice of rows; the training's own generators are never touched.
+        reads: Modules whose training forwards are read, by default the model: language models and
+            classifiers as above, or `torch.nn.CrossEntropyLoss`.
+        rank: Of this process; by default torch.distributed's. Given, ranks do not meet: each needs
+            the same new ``run_dir``.
         world_size: Number of processes; by default torch.distributed's.
 
     Raises:
         ValueError: An unknown preset or diagnostic (with the nearest name), or a bad number.
         TypeError: ``optimizer`` is not one.
-        EntropyLensError: The run directory cannot be used (a file, not writable, in use, newer).
+        EntropyLensError: The run directory cannot be used (a file, not writable, in use, newer), or
+            rank 0 has not opened it.
     """
 
     def __init__(
@@ -91,25 +99,30 @@ class Lens:
         run_dir: str | Path,
         preset: str = "balanced",
         diagnostics: Mapping[str, Schedule | int | bool] | None = None,
-        max_overhead: float | None = 0.03,
+        max_overhead: float | str | None = "preset",
         rows: int | str | None = "preset",
         resume_step: int | None = None,
+        state: Mapping[str, Any] | None = None,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
         decode: Callable[[int], str] | None = None,
         temperature: float = 1.0,
         seed: int = 0,
+        reads: Sequence[nn.Module] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         chosen = check_preset("Lens", preset)
         if isinstance(rows, str):
             rows = ROWS[check_preset("Lens: rows", chosen if rows == "preset" else rows)]
+        if isinstance(max_overhead, str):
+            like = chosen if max_overhead == "preset" else max_overhead
+            max_overhead = MAX_OVERHEAD[check_preset("Lens: max_overhead", like)]
         if not temperature > 0:
             raise ValueError(f"Lens: expected a temperature > 0, got {temperature}")
         schedules = resolve_schedules(chosen, diagnostics or {})
         budget = Budget(max_overhead, rows)
-        taps = None if optimizer is None else unwrap_optimizer(optimizer)
+        optimizers = named_optimizers(optimizer)
         settings = {
             "preset": chosen,
             "schedules": {n: {"every": s.every, "floor": s.floor} for n, s in schedules.items()},
@@ -119,45 +132,32 @@ class Lens:
             "seed": seed,
             "model": None if model is None else type(model).__name__,
             "parameters": None if model is None else sum(p.numel() for p in model.parameters()),
-            "optimizer": None if taps is None else type(taps).__name__,
+            "optimizer": ", ".join(type(one).__name__ for one in optimizers.values()) or None,
             "user": dict(config or {}),
         }
-        found_rank, found_world = _ranks()
-        writer = RunWriter(
-            Path(run_dir),
-            rank=found_rank if rank is None else rank,
-            world_size=found_world if world_size is None else world_size,
-            resume_step=resume_step,
-            name=name,
-            config=settings,
+        if state is not None:
+            run_dir = _run_of(state) or run_dir
+            resume_step = int(state["step"]) if resume_step is None else resume_step
+        writer = _open_writer(
+            run_dir, rank, world_size, resume_step=resume_step, name=name, config=settings
         )
-        self._device = _device_of(model)
-        self._session = Session(writer, schedules, budget, self._device, decode)
-        self._handles: list[Any] = []
-        self._temperature, self._seed = temperature, seed + 1_000_003 * writer.rank
-        self._generators: dict[torch.device, torch.Generator] = {}
+        device = _device_of(model)
+        self._session = Session(writer, schedules, budget, device, decode)
+        self.watch = Watch(
+            self._session, device, temperature=temperature, seed=seed + 1_000_003 * writer.rank
+        )
+        """For adapters: what trainers tell that a loop has no words for."""
         self._step = resume_step or 0
-        self._shown = False
-        self._phase = Phase.TRAIN
-        self._micro_batches = 1
-        self._mark = perf_counter()
-        self.reads_loss = True
-        self._begin()
         with ExitStack() as undo:
             undo.callback(self.close, "failed", "Lens could not be attached")
-            self._tokens_seen = torch.tensor(self._restore_tokens(writer) if resume_step else 0)
-            self._attach(model, taps)
-            undo.pop_all()
-
-    def _attach(self, model: nn.Module | None, optimizer: Any) -> None:
-        aside = self._session.aside
-        if model is not None:
-            self._handles.append(
-                tap_forward(model, self._on_forward, aside, lambda: self.next_labels)
-            )
-        if optimizer is not None:
+            self._restore(writer, state, resume_step)
+            for module in ([model] if model is not None else []) if reads is None else reads:
+                self.watch.tap(module)
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
-            self._handles.append(OptimizerTap(optimizer, self, names, aside))
+            self.watch.tap_optimizers(optimizers, names)
+            undo.pop_all()
+        self._mark = perf_counter()
+        self.watch.begin(self._step + 1)
 
     # -- what a loop calls -------------------------------------------------------------------
 
@@ -181,6 +181,7 @@ class Lens:
         sample_id: Sequence[Any] | Tensor | None = None,
         shift: bool = False,
         loss_is_sum: bool = False,
+        optimizer: str = "",
     ) -> None:
         """Show one micro-batch; call it once for each before `step`.
 
@@ -197,13 +198,18 @@ class Lens:
             shift: Score position t of the logits ``[B, T, V]`` on target t + 1.
             loss_is_sum: The loss is this micro-batch's share of the step's, to be added up, not a
                 mean of its own.
+            optimizer: Name of the optimiser that follows this loss, where each of several has one.
 
         Raises:
             ValueError: In the first step only: shapes do not fit. Later it is a counted fault.
         """
+        if not self._session.due:
+            return
         self._session.aside(
             "observe",
-            lambda: self._observe(logits, targets, mask, loss, sample_id, shift, loss_is_sum),
+            lambda: self.watch.observe(
+                logits, targets, mask, loss, sample_id, shift, loss_is_sum, optimizer
+            ),
             raises=True,
         )
 
@@ -227,19 +233,25 @@ class Lens:
             TypeError: An argument that `observe` does not have.
             ValueError: In the first step only, as `observe`.
         """
+        began, session = perf_counter(), self._session
+        number = self._step + 1 if step is None else step
+        if not session.due and began < session.wakes_at:
+            self._step, self._mark = number, began
+            self.watch.pass_step(number)
+            session.pass_step(number, began)
+            return
         if micro_batch:
             self.observe(**micro_batch)
-        self._session.aside("step", lambda: self._end(loss, gradient_norm, step), raises=True)
-        self._session.count_step()
+        session.aside("step", lambda: self._end(number, loss, gradient_norm), raises=True)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Mark an evaluation: its time is no step's time, and what is logged has phase eval."""
-        self._phase = Phase.EVAL
+        self.watch.phase = Phase.EVAL
         try:
             yield
         finally:
-            self._phase = Phase.TRAIN
+            self.watch.phase = Phase.TRAIN
             self.restart_clock()
 
     def log(
@@ -261,7 +273,7 @@ class Lens:
         Raises:
             ValueError: In the first step only: a name of another form. Later it is a counted fault.
         """
-        stamp = Stamp(self._step if step is None else step, time(), phase or self._phase)
+        stamp = self.watch.stamp(self._step if step is None else step, phase)
         for name, value in values.items():
             work = partial(self._log, f"{source}/{name}", value, stamp)
             self._session.aside("log", work, raises=True)
@@ -278,11 +290,41 @@ class Lens:
         self._session.budget.pause(now - self._mark)
         self._mark = now
 
+    def forward(self, *patterns: str) -> None:
+        """Keep the newest values of these metrics for `take_latest`; ``*`` stands for any text."""
+        self._session.forward(patterns)
+
+    def take_latest(self) -> dict[str, float]:
+        """What `forward` asked for and has come since the last call, for another logger.
+
+        Does not wait for the device: what is still on its way comes with a later call.
+        """
+        taken: dict[str, float] = {}
+        self._session.aside("forward", lambda: taken.update(self._session.take_latest()))
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs so that a resumed training goes on with this run.
+
+        Everything measured so far is in files when it returns: it waits for device and disk.
+
+        Returns:
+            Numbers, text and tensors, as `torch.save` takes and ``torch.load(weights_only=True)``
+            gives back; pass it as ``state`` to the next Lens.
+        """
+        self._session.flush()
+        seen = self.watch.tokens_seen
+        return {
+            "step": self._step,
+            "run_dir": str(self.run_dir.absolute()),
+            "run_id": self._session.writer.run_id,
+            "tokens_seen": None if seen is None else int(seen),
+            **self._session.state_dict(),
+        }
+
     def close(self, state: str = "finished", reason: str = "") -> None:
         """Take all hooks out, write everything and seal the log; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.watch.remove()
         self._session.close(state, reason)
 
     def __enter__(self) -> Self:
@@ -300,181 +342,61 @@ class Lens:
             failed = issubclass(kind, Exception)
             self.close("failed" if failed else "terminated", f"{kind.__name__}: {error}")
 
-    # -- what the taps call ------------------------------------------------------------------
+    # -- within ------------------------------------------------------------------------------
 
-    def wants(self, reads: str) -> bool:
-        """Whether a diagnostic that reads this is due in the step in progress."""
-        return self._session.wants(reads)
-
-    def take(self, reads: str, reading: Any) -> None:
-        """Measure a reading of the step in progress."""
-        self._session.measure(reads, lambda: reading)
-
-    def take_learning_rates(self, rates: list[Tensor | float]) -> None:
-        """Remember the rates of the step in progress."""
-        self._open.learning_rates = rates
-
-    def take_gradient_norm(self, norm: Tensor | float | None) -> None:
-        """Remember the norm before clipping of the step in progress."""
-        self._open.gradient_norm = norm.detach() if isinstance(norm, Tensor) else norm
-
-    def _on_forward(self, forward: Forward) -> None:
-        if not self._shown and self._phase is Phase.TRAIN:
-            self._take_forward(forward)
-
-    # -- within a step -----------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        self._session.begin_step(self._step + 1)
-        self._open = MicroBatches()
-        self.next_sample_ids: Sequence[Any] | None = None
-        self.next_labels: Tensor | None = None
-
-    def _observe(
-        self,
-        logits: Tensor | None,
-        targets: Tensor | None,
-        mask: Tensor | None,
-        loss: Tensor | None,
-        sample_id: Sequence[Any] | Tensor | None,
-        shift: bool,
-        loss_is_sum: bool,
-    ) -> None:
-        if (logits is None) != (targets is None):
-            given, missing = ("logits", "targets") if targets is None else ("targets", "logits")
-            raise ValueError(f"Lens.observe: expected logits and targets together, got {given} "
-                             f"without {missing}")  # fmt: skip
-        if loss is not None:
-            self._show_loss(loss, loss_is_sum)
-        if logits is None or targets is None:
-            self._open.name_last(identifiers(sample_id))
-            return
-        if not self._shown:
-            self._shown = True
-            self._open.drop_tokens()
-        if shift:
-            if logits.ndim != 3 or targets.ndim != 2:
-                raise ValueError(
-                    f"Lens.observe: expected logits [B, T, V] and targets [B, T] to shift, got "
-                    f"shapes {tuple(logits.shape)} and {tuple(targets.shape)}"
-                )
-            logits, targets = logits[:, :-1], targets[:, 1:]
-            mask = None if mask is None else mask[:, 1:]
-        self._take_tokens(logits, targets, mask, sample_id)
-
-    def _show_loss(self, loss: Tensor, is_sum: bool) -> None:
-        if self.reads_loss:
-            self.reads_loss = False
-            self._open.losses.clear()
-        if self._session.wants("step"):
-            self._open.add_loss(loss, is_sum=is_sum)
-
-    def _take_forward(self, forward: Forward) -> None:
-        if self.reads_loss and forward.loss is not None and self._session.wants("step"):
-            self._open.add_loss(forward.loss, is_sum=forward.loss_is_sum)
-        if forward.logits is not None and forward.targets is not None:
-            ids, self.next_sample_ids, self.next_labels = self.next_sample_ids, None, None
-            self._take_tokens(forward.logits, forward.targets, None, ids)
-
-    def _take_tokens(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        mask: Tensor | None,
-        sample_id: Sequence[Any] | Tensor | None,
-    ) -> None:
-        rows = self._session.budget.rows
-        if rows is not None:
-            rows = max(rows // self._micro_batches, _LEAST_ROWS)
-        self._session.clock.start()
-        self._open.add_tokens(
-            logits,
-            targets,
-            mask,
-            identifiers(sample_id),
-            measure=self._session.wants("tokens"),
-            rows=rows,
-            generator=self._generator(logits.device),
-            temperature=self._temperature,
-        )
-        self._session.clock.stop()
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
-
-    # -- the end of a step -------------------------------------------------------------------
-
-    def _end(
-        self, loss: Tensor | float | None, norm: Tensor | float | None, step: int | None
-    ) -> None:
+    def _end(self, number: int, loss: Tensor | float | None, norm: Tensor | float | None) -> None:
         now = perf_counter()
-        opened, session = self._open, self._session
-        number = self._step + 1 if step is None else step
-        stamp = Stamp(number, time(), Phase.TRAIN)
+        seconds, self._step, self._mark = now - self._mark, number, now
         try:
-            if opened.tokens is not None:
-                self._tokens_seen = self._tokens_seen + opened.tokens
-            if opened.measured:
-                self._micro_batches = opened.measured
-                session.measure("tokens", opened.reading)
-            if session.wants("step"):
-                norm = opened.gradient_norm if norm is None else norm
-                seconds = now - self._mark
-                session.measure("step", lambda: self._step_reading(loss, norm, seconds))
+            self.watch.end(self.watch.stamp(number, Phase.TRAIN), loss, norm, seconds)
         finally:
-            self._step, self._mark = number, now
-            session.end_step(stamp, opened.slots)
-            self._begin()
-
-    def _step_reading(
-        self, loss: Tensor | float | None, norm: Tensor | float | None, seconds: float
-    ) -> StepReading:
-        opened, session = self._open, self._session
-        if isinstance(loss, Tensor):
-            loss = loss.detach().clone()
-        elif loss is not None:
-            loss = torch.tensor(float(loss))
-        else:
-            loss = opened.loss()
-        overhead, session.overhead = session.overhead, None
-        reviewed = overhead is not None
-        return StepReading(
-            loss=loss,
-            gradient_norm_before_clip=norm.clone() if isinstance(norm, Tensor) else norm,
-            learning_rates=opened.learning_rates,
-            tokens=opened.tokens,
-            tokens_seen=None if opened.tokens is None else self._tokens_seen,
-            seconds=seconds,
-            device_memory=allocated_bytes(self._device) if reviewed else None,
-            resident_memory=resident_bytes() if reviewed else None,
-            overhead=overhead,
-            rows=session.budget.rows if reviewed else None,
-            widening=session.budget.widening if reviewed else None,
-        )
+            self.watch.begin(number + 1)
 
     def _log(self, name: str, value: Tensor | float, stamp: Stamp) -> None:
         check_metric_name("Lens.log", name)
-        if isinstance(value, Tensor):
-            block = Block.metrics([name], value.detach().clone().reshape(1))
-        else:
-            block = Block("metrics", {"name": [name], "value": [float(value)]})
-        self._session.add(block, stamp)
+        known = value.detach().clone().reshape(1) if isinstance(value, Tensor) else float(value)
+        self._session.add(Block.metrics([name], Scalars([known])), stamp)
 
-    def _restore_tokens(self, writer: RunWriter) -> int:
-        """Tokens that this rank had seen by the step it resumes from, as its log says."""
-        rows = open_run(writer.run_dir).metrics("tokens/seen").to_arrow().to_pylist()
-        return int(max((row["value"] for row in rows if row["rank"] == writer.rank), default=0))
+    def _restore(
+        self, writer: RunWriter, state: Mapping[str, Any] | None, resume_step: int | None
+    ) -> None:
+        if state is not None:
+            self._session.load_state_dict(state)
+        if resume_step:
+            seen = _tokens_seen(writer, resume_step)
+            if seen is None and state is not None and state["step"] == resume_step:
+                seen = state.get("tokens_seen")
+            self.watch.tokens_seen = None if seen is None else torch.tensor(seen)
+
+
+def _open_writer(
+    run_dir: str | Path, rank: int | None, world_size: int | None, **settings: Any
+) -> RunWriter:
+    if rank is not None or world_size is not None:
+        return RunWriter(Path(run_dir), rank=rank or 0, world_size=world_size or 1, **settings)
+    rank, world_size = rank_and_world()
+    with run_dir_of_rank_zero(run_dir, rank=rank, world_size=world_size) as meeting:
+        writer = RunWriter(meeting.run_dir, rank=rank, world_size=world_size, **settings)
+        meeting.run_dir = writer.run_dir
+    return writer
+
+
+def _run_of(state: Mapping[str, Any]) -> Path | None:
+    """The directory of the run that a checkpoint belongs to, if that run is there."""
+    place = Path(state.get("run_dir", ""))
+    try:
+        return place if load_manifest(place)["run_id"] == state.get("run_id") else None
+    except Exception:
+        return None
+
+
+def _tokens_seen(writer: RunWriter, step: int) -> int | None:
+    """Tokens that this rank had seen at a step, as its log says; None where it does not."""
+    rows = open_run(writer.run_dir).metrics("tokens/seen", steps=(step, step)).to_arrow()
+    seen = [row["value"] for row in rows.to_pylist() if row["rank"] == writer.rank]
+    return int(seen[0]) if seen else None
 
 
 def _device_of(model: nn.Module | None) -> torch.device:
     parameter = next(model.parameters(), None) if model is not None else None
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _ranks() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

@@ -31,6 +31,8 @@ __all__ = [
     "GradientReading",
     "Lookup",
     "Metric",
+    "OptimizerReading",
+    "Scalars",
     "StepReading",
     "TokenReading",
     "UpdateReading",
@@ -50,13 +52,21 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class Scalars:
+    """A column of single numbers, some on the host and some still on a device."""
+
+    values: Sequence[Tensor | float]
+    """Numbers and tensors of one element, of any device and dtype."""
+
+
+@dataclass(frozen=True)
 class Block:
     """Rows of one table as columns, still on the device.
 
     Args:
         table: A table of the log (`entropylens.records.SCHEMAS`).
-        columns: Column name to a 1-d tensor, a sequence of that length, a `Lookup`, or a scalar
-            for all rows.
+        columns: Column name to a 1-d tensor, a sequence of that length, a `Lookup`, `Scalars`, or a
+            scalar for all rows.
             A boolean tensor under ``present`` keeps only the rows where it is true; a metric whose
             ``weight`` is 0 was not measured and is not written.
     """
@@ -68,7 +78,7 @@ class Block:
     def metrics(
         cls,
         names: Sequence[str],
-        values: Tensor,
+        values: Tensor | Scalars,
         *,
         weight: Tensor | float | None = None,
         modules: Sequence[str] | str = "",
@@ -77,7 +87,7 @@ class Block:
 
         Args:
             names: Metric names.
-            values: ``[len(names)]``, any real dtype.
+            values: ``[len(names)]``, any real dtype, or so many `Scalars`.
             weight: Tokens behind each value, one for all or ``[len(names)]``.
             modules: Module of each value, or one for all; empty for the whole run.
 
@@ -115,6 +125,10 @@ class TokenReading:
     """``[n]`` index into ``sequence_tokens`` and ``sample_ids``."""
     token_id: Tensor
     """``[n]`` the target."""
+    distribution_weight: Tensor | None = None
+    """``[n]`` scored tokens that each row stands for in ``varentropy`` and ``max_probability``, 0
+    where the row's whole distribution was not looked at: a fused head gives ``logprob`` and
+    ``entropy`` of every token, the rest only a sample's. None is ``weight``."""
     key: Tensor
     """``[n]`` independent uniform numbers in 0..1, for whoever needs a uniform sub-sample: the
     smallest keys are one. Drawn from a generator of our own, never from the training's."""
@@ -130,32 +144,52 @@ class TokenReading:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientReading:
-    """Gradients as the optimiser is about to use them: unscaled and clipped."""
+    """Gradients of one optimiser's parameters, of this rank, without a loss scale."""
 
     gradients: Mapping[str, Tensor]
+    """By parameter name; a sharded one (DTensor) is this rank's part."""
+    optimizer: str = ""
+    """Which optimiser's, where there are several."""
+    clipped: bool = True
+    """As the optimiser uses them; false before clipping, where a trainer shows them so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReading:
-    """Trainable parameters before and after one optimiser step."""
+    """One optimiser's trainable parameters before and after its step."""
 
     before: Mapping[str, Tensor]
     after: Mapping[str, Tensor]
+    optimizer: str = ""
+    """Which optimiser's, where there are several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerReading:
+    """What one optimiser's step shows without looking at a tensor's content."""
+
+    name: str = ""
+    """Empty where the run has one optimiser."""
+    loss: Tensor | float | None = None
+    """``[]`` the loss that this optimiser alone follows, where each has its own."""
+    learning_rates: Sequence[Tensor | float] = ()
+    """One for each parameter group, as used by this step."""
+    gradient_norm_before_clip: Tensor | float | None = None
+    skipped: Tensor | float | None = None
+    """``[]`` 1 where the step was called off (a gradient scaler found an overflow), else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReading:
     """What is known at the end of an optimiser step without looking at a tensor's content."""
 
-    loss: Tensor | None = None
+    loss: Tensor | float | None = None
     """``[]`` mean loss of the step as the trainer defines it."""
-    gradient_norm_before_clip: Tensor | float | None = None
-    learning_rates: Sequence[Tensor | float] = ()
-    """One for each parameter group, as used by this step."""
+    optimizers: Sequence[OptimizerReading] = ()
     tokens: Tensor | None = None
     """``[]`` scored tokens of this step on this rank."""
     tokens_seen: Tensor | None = None
-    """``[]`` scored tokens since the first step of the run."""
+    """``[]`` scored tokens since the first step of the run; None once a step was not counted."""
     seconds: float | None = None
     """Wall time of the step; evaluation and checkpoints between steps left out."""
     device_memory: int | None = None
@@ -221,7 +255,8 @@ class diagnostic:
     Args:
         reads: A key of `READINGS`.
         every: Interval in optimiser steps by preset; a preset left out, or 0, is off.
-        floor: The widest interval to which the overhead budget may thin it.
+        floor: The widest interval to which the overhead budget may thin it: one for all presets, or
+            by preset.
         metrics: Every metric name it writes, with its definition; ``*`` stands for a variable part.
 
     Raises:
@@ -230,7 +265,7 @@ class diagnostic:
 
     reads: str
     every: Mapping[str, int]
-    floor: int = 1000
+    floor: int | Mapping[str, int] = 1000
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __call__(self, cls: _D) -> _D:
@@ -251,8 +286,11 @@ class diagnostic:
                 f"{type(_registered[name]).__qualname__} and {cls.__qualname__}"
             )
         cls.name, cls.reads, cls.metrics = name, self.reads, self.metrics
+        floors = (
+            self.floor if isinstance(self.floor, Mapping) else dict.fromkeys(PRESETS, self.floor)
+        )
         cls.schedules = {
-            preset: Schedule(self.every.get(preset, 0), self.floor) for preset in PRESETS
+            preset: Schedule(self.every.get(preset, 0), floors[preset]) for preset in PRESETS
         }
         _registered[name] = cls()
         return cls

@@ -53,6 +53,19 @@ class Schedule:
             return False
         return step == 1 or step % self.interval(widening) == 0
 
+    def next_due(self, after: int, widening: int = 1) -> int | None:
+        """The first measured step beyond step ``after``; None if there is none.
+
+        Example:
+            >>> Schedule(every=4).next_due(0), Schedule(every=4).next_due(4), Schedule(0).next_due(4)
+            (1, 8, None)
+        """
+        if self.every == 0:
+            return None
+        interval = self.interval(widening)
+        following = (after // interval + 1) * interval
+        return min(following, 1) if after < 1 else following
+
 
 def check_preset(who: str, preset: str) -> Preset:
     """Return ``preset`` if there is one of that name.

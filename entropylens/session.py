@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
@@ -23,6 +24,7 @@ FLUSH_SECONDS: Final = 1.0
 FLUSH_BLOCKS: Final = 512
 VITALS_LAG: Final = 16
 """Vitals, which are cheap, keep their intervals until the budget has widened others so far."""
+_NEVER: Final = 1 << 62
 
 
 class Session:
@@ -49,10 +51,15 @@ class Session:
         self.budget = budget
         self.clock = DeviceClock(device)
         self.overhead: float | None = None
+        self.due: dict[str, list[Diagnostic]] = {}
+        """Diagnostics of the step in progress by what they read; what nothing reads is no key."""
+        self.wakes_at = 0.0
+        """On the clock of `time.perf_counter`: from then on a step in which nothing is due must be
+        ended all the same, because rows wait to be flushed or the cost to be reviewed."""
         self._schedules = {known[name].name: schedule for name, schedule in schedules.items()}
         self._diagnostics = {name: known[name] for name in schedules}
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
-        self._due: dict[str, list[Diagnostic]] = {}
+        self._decided, self._next_due = -1, -1
         self._transfer = Transfer(self._deliver)
         self._measured: list[tuple[str, Block]] = []
         self._flushed = perf_counter()
@@ -60,6 +67,8 @@ class Session:
         self._texts: dict[int, str | None] = {}
         self._steps_done = 0
         self._closed = False
+        self._forwarded: Sequence[str] = ()
+        self._latest: dict[str, float] = {}
         atexit.register(self._drain)
         writer.before_exit = self._drain
 
@@ -68,19 +77,40 @@ class Session:
         """The directory really written to."""
         return self.writer.run_dir
 
+    # -- what is due -------------------------------------------------------------------------
+
     def begin_step(self, number: int) -> None:
         """Decide which diagnostics are due in step ``number``."""
-        self._due = {}
+        if self._decided < number < self._next_due:
+            if self.due:
+                self.due = {}
+            return
+        self._decided, self.due = number, {}
+        following = []
         for name, schedule in self._schedules.items():
             found, widening = self._diagnostics[name], self.budget.widening
             if found.reads == "step":
                 widening = max(widening // VITALS_LAG, 1)
             if schedule.is_due(number, widening):
-                self._due.setdefault(found.reads, []).append(found)
+                self.due.setdefault(found.reads, []).append(found)
+            following.append(schedule.next_due(number, widening) or _NEVER)
+        self._next_due = min(following, default=_NEVER)
 
-    def wants(self, reads: str) -> bool:
-        """Whether a diagnostic that reads this is due in the step in progress."""
-        return reads in self._due
+    def pass_step(self, number: int, began: float) -> None:
+        """Close a step in which nothing was due, and that ended before `wakes_at`.
+
+        Args:
+            number: Of the step.
+            began: When, on the clock of `time.perf_counter`, closing it began.
+        """
+        self._steps_done += 1
+        self.writer.step = number
+        self.budget.pass_step()
+        if number + 1 >= self._next_due or number + 1 <= self._decided:
+            self.begin_step(number + 1)
+        self.budget.spend(perf_counter() - began)
+
+    # -- guarded work ------------------------------------------------------------------------
 
     def aside(self, where: str, work: Callable[[], None], *, raises: bool = False) -> None:
         """Run ``work`` so that neither its errors nor its time escape unseen.
@@ -106,10 +136,12 @@ class Session:
 
         The rows bear the number of the step in progress, which `end_step` tells.
         """
-        due = self._due.get(reads, [])
+        due = self.due.get(reads)
+        if not due:
+            return
         self.clock.start()
         try:
-            reading = take_reading() if due else None
+            reading = take_reading()
         except Exception as error:
             self.writer.fault(f"reading {reads}", error)
             due = []
@@ -122,9 +154,12 @@ class Session:
             self._measured += [(found.name, block) for block in blocks]
         self.clock.stop()
 
+    # -- to the log --------------------------------------------------------------------------
+
     def add(self, block: Block, stamp: Stamp) -> None:
         """Hand on a block that no diagnostic made."""
         self._transfer.add(block, stamp)
+        self.wakes_at = min(self.wakes_at, self._flushed + FLUSH_SECONDS)
 
     def end_step(self, stamp: Stamp, slots: int) -> None:
         """Close a step: queue its rows, review the budget and flush when it is time.
@@ -133,40 +168,112 @@ class Session:
             stamp: Of all rows measured in the step.
             slots: Token positions of the step, known from shapes.
         """
-        self.writer.step = number = stamp.step
+        self._steps_done += 1
+        self.writer.step = stamp.step
         measured, self._measured = self._measured, []
         for name, block in measured:
             try:
                 self._transfer.add(block, stamp)
             except TypeError as error:
                 self.writer.fault(f"diagnostic {name}", error)
-        self.budget.spend(self.clock.collect())
-        review = self.budget.end_step(self.writer.cpu_seconds, slots)
-        if review is not None:
-            self.overhead = review.fraction
-            if review.change is not None:
-                self.writer.event(
-                    "budget",
-                    f"overhead was {review.fraction:.1%} of wall time: {review.change}",
-                    step=number,
-                    evidence={
-                        "fraction": review.fraction,
-                        "max_overhead": self.budget.max_overhead,
-                        "rows": self.budget.rows,
-                        "widening": self.budget.widening,
-                    },
-                )
+        self._review(stamp.step, slots)
         now = perf_counter()
         if now - self._flushed >= FLUSH_SECONDS or len(self._transfer) >= FLUSH_BLOCKS:
-            self._flushed = now
-            try:
-                self._transfer.flush()
-            except Exception as error:
-                self.writer.fault("transfer", error)
+            self._flush(now)
+        waits = self._transfer.is_empty
+        flush_at = float("inf") if waits else self._flushed + FLUSH_SECONDS
+        self.wakes_at = min(flush_at, self.budget.next_review)
 
-    def count_step(self) -> None:
-        """A step is over: from now on nothing is a setup error."""
-        self._steps_done += 1
+    def _review(self, step: int, slots: int) -> None:
+        self.budget.spend(self.clock.collect())
+        review = self.budget.end_step(self.writer.cpu_seconds, slots)
+        if review is None:
+            return
+        self.overhead = review.fraction
+        if review.change is None:
+            return
+        self._next_due = -1
+        self.writer.event(
+            "budget",
+            f"overhead was {review.fraction:.1%} of wall time: {review.change}",
+            step=step,
+            evidence={
+                "fraction": review.fraction,
+                "max_overhead": self.budget.max_overhead,
+                "rows": self.budget.rows,
+                "widening": self.budget.widening,
+            },
+        )
+
+    def _flush(self, now: float) -> None:
+        self._flushed = now
+        try:
+            self._transfer.flush()
+        except Exception as error:
+            self.writer.fault("transfer", error)
+
+    def _deliver(self, table: str, columns: dict[str, Any]) -> None:
+        if table == "tokens" and self._decode is not None:
+            columns["text"] = [self._text(int(token)) for token in columns["token_id"]]
+        if table == "metrics" and self._forwarded:
+            self._remember(columns)
+        self.writer.write(table, columns)
+
+    def _text(self, token: int) -> str | None:
+        if token not in self._texts and self._decode is not None:
+            try:
+                self._texts[token] = self._decode(token)
+            except Exception as error:
+                self._texts[token] = None
+                self.writer.fault("decode", error)
+        return self._texts.get(token)
+
+    # -- to other loggers --------------------------------------------------------------------
+
+    def forward(self, patterns: Sequence[str]) -> None:
+        """Keep the newest value of these metrics for `take_latest`; ``*`` is any text."""
+        self._forwarded = tuple(patterns)
+
+    def take_latest(self) -> dict[str, float]:
+        """Newest values that reached the host since the last call, without waiting for more."""
+        self._flush(perf_counter())
+        taken, self._latest = self._latest, {}
+        return taken
+
+    def _remember(self, columns: Mapping[str, Any]) -> None:
+        count = len(columns["name"])
+        modules, phases = (
+            [columns[name]] * count if isinstance(columns[name], str) else columns[name]
+            for name in ("module", "phase")
+        )
+        rows = zip(columns["name"], modules, phases, columns["value"], strict=True)
+        for name, module, phase, value in rows:
+            if module or phase != "train" or name.startswith(("framework/", "user/")):
+                continue
+            if any(fnmatchcase(name, pattern) for pattern in self._forwarded):
+                self._latest[name] = float(value)
+
+    # -- state and end -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with: the diagnostics' memory and the budget's settings."""
+        return {
+            "diagnostics": {name: s for name, s in self._states.items() if s is not None},
+            "rows": self.budget.rows,
+            "widening": self.budget.widening,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` gave; diagnostics that are off now are left out."""
+        known = state.get("diagnostics", {})
+        self._states.update({name: known[name] for name in self._states if name in known})
+        self.budget.resume(state.get("rows"), state.get("widening", 1))
+        self._next_due = -1
+
+    def flush(self) -> None:
+        """Bring everything measured so far to files, waiting for device and disk."""
+        self._drain()
+        self.writer.flush()
 
     def close(self, state: str, reason: str) -> bool:
         """Write everything and seal the log.
@@ -184,17 +291,3 @@ class Session:
 
     def _drain(self) -> None:
         self.aside("transfer", lambda: self._transfer.flush(wait=True))
-
-    def _deliver(self, table: str, columns: dict[str, Any]) -> None:
-        if table == "tokens" and self._decode is not None:
-            columns["text"] = [self._text(int(token)) for token in columns["token_id"]]
-        self.writer.write(table, columns)
-
-    def _text(self, token: int) -> str | None:
-        if token not in self._texts and self._decode is not None:
-            try:
-                self._texts[token] = self._decode(token)
-            except Exception as error:
-                self._texts[token] = None
-                self.writer.fault("decode", error)
-        return self._texts.get(token)

@@ -1,6 +1,6 @@
 """The one place that moves numbers to the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropylens.registry import Block, Lookup
+from entropylens.registry import Block, Lookup, Scalars
 
 __all__ = ["Stamp", "Transfer"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stamp:
     """When and on which pass a block was measured."""
 
@@ -30,7 +30,8 @@ class Transfer:
     """Collects blocks and brings them to the host in one copy per dtype and flush.
 
     On an accelerator the copy goes to pinned memory without blocking, and the rows are delivered by
-    a later flush that finds it complete; on a CPU they are delivered at once.
+    a later flush that finds it complete; on a CPU they are delivered at once. Blocks of one table
+    that have the same columns are delivered as one.
 
     Args:
         deliver: Called with a table's name and its host columns, on the flushing thread.
@@ -44,6 +45,11 @@ class Transfer:
     def __len__(self) -> int:
         """Blocks that no flush has taken yet."""
         return len(self._pending)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is queued and nothing under way."""
+        return not self._pending and not self._in_flight
 
     def add(self, block: Block, stamp: Stamp) -> None:
         """Queue a block; its tensors must not be changed in place afterwards.
@@ -78,8 +84,9 @@ class _Flight:
 
     def __init__(self, blocks: list[tuple[Block, Stamp]]) -> None:
         self._blocks = blocks
-        self._host: dict[int, Tensor] = {}
+        self._host: dict[int, np.ndarray] = {}
         self._events: list[torch.Event] = []
+        self._arriving: list[tuple[list[Tensor], Tensor]] = []
         tensors = {id(t): t for block, _ in blocks for t in _tensors(block)}
         kinds = sorted(tensors.values(), key=_kind)
         for _, group in groupby(kinds, key=_kind):
@@ -87,8 +94,7 @@ class _Flight:
             flat = torch.cat([t.detach().reshape(-1) for t in members])
             # numpy has no bfloat16.
             flat = self._copy(flat.float() if flat.dtype == torch.bfloat16 else flat)
-            parts = flat.split([t.numel() for t in members])
-            self._host.update(zip(map(id, members), parts, strict=True))
+            self._arriving.append((members, flat))
 
     def _copy(self, flat: Tensor) -> Tensor:
         if flat.device.type == "cpu":
@@ -106,45 +112,73 @@ class _Flight:
     def land(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for event in self._events:
             event.synchronize()
+        for members, flat in self._arriving:
+            host, start = flat.numpy(), 0
+            for tensor in members:
+                end = start + tensor.numel()
+                self._host[id(tensor)] = host[start:end]
+                start = end
+        alike: dict[tuple[str, ...], list[_Rows]] = {}
         for block, stamp in self._blocks:
-            host = {name: self._column(value) for name, value in block.columns.items()}
-            columns = _kept(block.table, host)
-            if columns is not None:
-                stamped = {"step": stamp.step, "time": stamp.time, "phase": stamp.phase}
-                yield block.table, {**stamped, **columns}
+            rows = self._rows(block, stamp)
+            if rows is not None:
+                alike.setdefault((block.table, *sorted(rows.columns)), []).append(rows)
+        for (table, *names), parts in alike.items():
+            yield table, {name: _joined(parts, name) for name in names}
+
+    def _rows(self, block: Block, stamp: Stamp) -> "_Rows | None":
+        columns = {name: self._column(value) for name, value in block.columns.items()}
+        count = next((len(c) for c in columns.values() if _is_column(c)), 1)
+        columns.update(step=stamp.step, time=stamp.time, phase=stamp.phase)
+        return _kept(block.table, columns, count)
 
     def _column(self, value: Any) -> Any:
-        if isinstance(value, Lookup):
-            index = self._column(value.index)
-            return [value.values[i] for i in index]
         if isinstance(value, Tensor):
-            host = self._host[id(value)].numpy()
+            host = self._host[id(value)]
             return host if value.ndim else host[0]
+        if isinstance(value, Scalars):
+            return [self._host[id(v)][0] if isinstance(v, Tensor) else v for v in value.values]
+        if isinstance(value, Lookup):
+            return [value.values[i] for i in self._host[id(value.index)]]
         return value
+
+
+@dataclass(slots=True)
+class _Rows:
+    columns: dict[str, Any]
+    count: int
 
 
 def _tensors(block: Block) -> Iterator[Tensor]:
     for value in block.columns.values():
-        if isinstance(value, Lookup):
-            yield value.index
-        elif isinstance(value, Tensor):
+        if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, Scalars):
+            yield from (v for v in value.values if isinstance(v, Tensor))
+        elif isinstance(value, Lookup):
+            yield value.index
 
 
 def _kind(tensor: Tensor) -> tuple[str, str]:
     return str(tensor.device), str(tensor.dtype)
 
 
-def _kept(table: str, columns: dict[str, Any]) -> dict[str, Any] | None:
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _kept(table: str, columns: dict[str, Any], count: int) -> _Rows | None:
     """Leave out what was not measured; None if that is everything."""
     present = columns.pop("present", None)
-    if table == "metrics" and columns.get("weight") is not None:
-        present = np.broadcast_to(np.asarray(columns["weight"]) > 0, len(columns["name"]))
+    weight = columns.get("weight")
+    if table == "metrics" and weight is not None:
+        present = np.broadcast_to(np.asarray(weight) > 0, count)
     if present is None or present.all():
-        return columns
+        return _Rows(columns, count)
     if not present.any():
         return None
-    return {name: _where(column, present) for name, column in columns.items()}
+    kept = {name: _where(column, present) for name, column in columns.items()}
+    return _Rows(kept, int(present.sum()))
 
 
 def _where(column: Any, present: np.ndarray) -> Any:
@@ -153,3 +187,22 @@ def _where(column: Any, present: np.ndarray) -> Any:
     if isinstance(column, list | tuple):
         return [value for value, keep in zip(column, present, strict=True) if keep]
     return column
+
+
+def _joined(parts: Iterable[_Rows], name: str) -> Any:
+    """One column of several blocks; what is the same for all rows stays one value."""
+    pairs = [(part.columns[name], part.count) for part in parts]
+    first = pairs[0][0]
+    if not _is_column(first) and all(value is first or _same(value, first) for value, _ in pairs):
+        return first
+    if all(isinstance(value, np.ndarray) and value.ndim for value, _ in pairs):
+        return np.concatenate([value for value, _ in pairs])
+    return [item for value, count in pairs for item in _repeated(value, count)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return not _is_column(one) and bool(one == other)
+
+
+def _repeated(value: Any, count: int) -> Iterable[Any]:
+    return value if _is_column(value) else [value] * count

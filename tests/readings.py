@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 
-from entropylens.registry import GradientReading, StepReading, TokenReading, UpdateReading
+from entropylens.registry import (
+    GradientReading,
+    OptimizerReading,
+    StepReading,
+    TokenReading,
+    UpdateReading,
+)
 
 
 def tokens(device: str = "cpu", *, rows: int = 3, columns: int = 40) -> TokenReading:
@@ -53,8 +59,13 @@ def step(device: str = "cpu") -> StepReading:
     """Everything that may be known at the end of a step."""
     return StepReading(
         loss=torch.tensor(2.5, device=device),
-        gradient_norm_before_clip=torch.tensor(1.5, device=device),
-        learning_rates=[1e-3, 1e-4],
+        optimizers=[
+            OptimizerReading(
+                learning_rates=[1e-3, 1e-4],
+                gradient_norm_before_clip=torch.tensor(1.5, device=device),
+                skipped=0.0,
+            )
+        ],
         tokens=torch.tensor(100, device=device),
         tokens_seen=torch.tensor(1000, device=device),
         seconds=0.5,

@@ -62,19 +62,28 @@ def test_time_in_evaluation_is_nobodys(clock: Clock) -> None:
     assert review(budget, clock, 0.1).fraction == pytest.approx(0.1)
 
 
-def test_rows_give_way_before_intervals(clock: Clock) -> None:
+def test_rows_give_way_before_intervals_as_far_as_the_excess_asks(clock: Clock) -> None:
     budget = warm(Budget(0.03, None), clock)
-    changes = [review(budget, clock, 0.2, tokens=8192).change for _ in range(5)]
+    changes = [review(budget, clock, 0.05, tokens=8192).change for _ in range(4)]
     assert changes[0] == "at most 2048 tokens a step are measured"
     assert changes[1] == "at most 512 tokens a step are measured"
     assert changes[2] == f"at most {SAMPLED_ROWS} tokens a step are measured"
     assert changes[3] == "intervals widened to 2 times the preset's"
-    assert (budget.rows, budget.widening) == (SAMPLED_ROWS, 4)
+    assert (budget.rows, budget.widening) == (SAMPLED_ROWS, 2)
+
+
+def test_far_over_it_leaps_and_a_single_review_never_leaps_beyond_sixteen(clock: Clock) -> None:
+    budget = warm(Budget(0.03, None), clock)
+    changes = [review(budget, clock, f, tokens=8192).change for f in (0.3, 0.3, 0.031, 0.9)]
+    assert changes[0] == "at most 512 tokens a step are measured"
+    assert changes[1] == f"at most {SAMPLED_ROWS} tokens a step are measured"
+    assert changes[2] == "intervals widened to 2 times the preset's"
+    assert changes[3] == "intervals widened to 32 times the preset's"
 
 
 def test_intervals_narrow_again_only_after_a_calm_while(clock: Clock) -> None:
     budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
-    review(budget, clock, 0.2)
+    review(budget, clock, 0.05)
     assert budget.widening == 2
     changes = [review(budget, clock, 0.001).change for _ in range(CALM_REVIEWS)]
     assert changes[:-1] == [None] * (CALM_REVIEWS - 1)
@@ -87,7 +96,7 @@ def test_rows_come_back_one_doubling_at_a_time_after_intervals(
 ) -> None:
     budget = warm(Budget(0.03, rows), clock)
     for _ in range(4):
-        review(budget, clock, 0.2, tokens=2048)
+        review(budget, clock, 0.05, tokens=2048)
     assert (budget.rows, budget.widening) == (SAMPLED_ROWS, 4)
     calm = [review(budget, clock, 0.001, tokens=2048).change for _ in range(7 * CALM_REVIEWS)]
     said = [change for change in calm if change is not None]
@@ -99,6 +108,27 @@ def test_rows_come_back_one_doubling_at_a_time_after_intervals(
         f"{'all' if rows is None else 'at most 2048'} tokens a step are measured again",
     ]
     assert budget.rows == rows
+
+
+def test_a_resumed_run_goes_on_as_thinned_but_never_beyond_what_is_allowed_now() -> None:
+    budget = Budget(0.03, 1024)
+    budget.resume(256, 8)
+    assert (budget.rows, budget.widening) == (256, 8)
+    budget = Budget(0.03, 128)
+    budget.resume(256, 10**6)
+    assert (budget.rows, budget.widening) == (128, module.WIDEST)
+
+
+def test_steps_in_which_nothing_is_due_count_too(clock: Clock) -> None:
+    budget = warm(Budget(0.03, 1024), clock)
+    for _ in range(9):
+        budget.pass_step()
+    clock.now += 3.0
+    budget.spend(0.3)
+    found = budget.end_step(0.0, 100)
+    assert found is not None
+    assert found.fraction == pytest.approx(0.1)
+    assert budget.next_review == pytest.approx(clock.now + module.REVIEW_SECONDS)
 
 
 def test_no_limit_never_thins(clock: Clock) -> None:

@@ -11,7 +11,7 @@ import torch
 from readings import READINGS
 
 from entropylens.records import SCHEMAS
-from entropylens.registry import Block, Diagnostic, Lookup, all_diagnostics
+from entropylens.registry import Block, Diagnostic, Lookup, Scalars, all_diagnostics
 from entropylens.schedule import PRESETS
 from entropylens.transfer import Stamp, Transfer
 
@@ -30,6 +30,7 @@ def measured(found: Diagnostic, device: str) -> list[Block]:
 def tensors(blocks: list[Block]) -> list[torch.Tensor]:
     values = [value for block in blocks for value in block.columns.values()]
     values += [value.index for value in values if isinstance(value, Lookup)]
+    values += [one for value in values if isinstance(value, Scalars) for one in value.values]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 

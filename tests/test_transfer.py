@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from entropylens import transfer as module
-from entropylens.registry import Block, Lookup
+from entropylens.registry import Block, Lookup, Scalars
 from entropylens.transfer import Stamp, Transfer
 
 NOW = Stamp(7, 12.5, "train")
@@ -21,15 +21,40 @@ def landed(*blocks: Block) -> list[tuple[str, dict[str, Any]]]:
     return arrived
 
 
-def test_values_arrive_in_order_with_their_stamp_and_dtype() -> None:
+def test_values_arrive_in_order_with_their_stamp() -> None:
     first = Block.metrics(["a/x", "a/y"], torch.tensor([1.5, torch.nan]))
     second = Block.metrics(["b/x"], torch.tensor([2**40]))
-    (table, one), (_, two) = landed(first, second)
+    ((table, found),) = landed(first, second)
     assert table == "metrics"
-    assert (one["step"], one["time"], one["phase"]) == (7, 12.5, "train")
-    assert one["name"] == ["a/x", "a/y"]
-    np.testing.assert_array_equal(one["value"], np.array([1.5, np.nan], dtype=np.float32))
-    assert two["value"].tolist() == [2**40]
+    assert (found["step"], found["time"], found["phase"]) == (7, 12.5, "train")
+    assert found["name"] == ["a/x", "a/y", "b/x"]
+    np.testing.assert_array_equal(found["value"], np.array([1.5, np.nan, 2**40]))
+
+
+def test_blocks_of_other_steps_and_modules_are_joined_row_by_row() -> None:
+    arrived: list[tuple[str, dict[str, Any]]] = []
+    transfer = Transfer(lambda table, columns: arrived.append((table, columns)))
+    transfer.add(Block.metrics(["a", "b"], torch.tensor([1.0, 2.0]), modules="m"), NOW)
+    transfer.add(Block.metrics(["a"], torch.tensor([3.0]), modules=["n"]), Stamp(8, 13.0, "eval"))
+    transfer.flush()
+    ((_, found),) = arrived
+    assert found["step"] == [7, 7, 8]
+    assert found["time"] == [12.5, 12.5, 13.0]
+    assert found["phase"] == ["train", "train", "eval"]
+    assert found["module"] == ["m", "m", "n"]
+    assert found["value"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_numbers_of_the_host_and_of_a_device_share_a_column() -> None:
+    values = Scalars([0.5, torch.tensor(1.25), torch.tensor([7]), 2])
+    ((_, found),) = landed(Block.metrics(["a", "b", "c", "d"], values))
+    assert found["value"] == [0.5, 1.25, 7, 2]
+
+
+def test_blocks_with_other_columns_are_delivered_apart() -> None:
+    weighed = Block.metrics(["a"], torch.ones(1), weight=2.0)
+    found = landed(weighed, Block.metrics(["b"], torch.ones(1)), weighed)
+    assert [columns["name"] for _, columns in found] == [["a", "a"], ["b"]]
 
 
 def test_a_metric_without_weight_behind_it_is_absent() -> None:

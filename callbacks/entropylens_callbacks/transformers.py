@@ -56,7 +56,7 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             resume_step=state.global_step or None,
             **{"config": args.to_sanitized_dict(), **text, **self.options},
         )
-        self.lens.reads_loss = self.trainer is None
+        self.lens.watch.reads_loss = self.trainer is None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Measure the optimiser step that just ended."""
@@ -140,11 +140,11 @@ def _watched_loss(compute_loss: Callable[..., Any], callback: EntropyLensCallbac
         ids, lens = _without_name(inputs), callback.lens
         if lens is None or not model.training:
             return compute_loss(model, inputs, *args, **kwargs)
-        lens.next_sample_ids = ids
+        lens.watch.next_sample_ids = ids
         # Label smoothing and a loss function of the user's own keep the labels from the model.
-        lens.next_labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        lens.watch.next_labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         result = compute_loss(model, inputs, *args, **kwargs)
-        lens.next_sample_ids = lens.next_labels = None
+        lens.watch.next_sample_ids = lens.watch.next_labels = None
         loss = result[0] if isinstance(result, tuple) else result
         has_items = kwargs.get("num_items_in_batch") is not None
         lens.observe(loss=loss, loss_is_sum=_is_share(callback.trainer, has_items))
@@ -181,7 +181,7 @@ def _watched_clipping(clip: Callable[..., Any], callback: EntropyLensCallback) -
     def watched(*args: Any, **kwargs: Any) -> Any:
         norm = clip(*args, **kwargs)
         if callback.lens is not None:
-            callback.lens.take_gradient_norm(norm)
+            callback.lens.watch.take_gradient_norm(norm)
         return norm
 
     return watched

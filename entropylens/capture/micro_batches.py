@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropylens.capture.tokens import TokenSlice, as_grid, join_slices, read_tokens
+from entropylens.capture.tokens import TokenSlice, TokenSource, join_slices
 from entropylens.registry import TokenReading
 
 __all__ = ["MicroBatches", "identifiers"]
@@ -15,47 +15,42 @@ __all__ = ["MicroBatches", "identifiers"]
 
 @dataclass
 class MicroBatches:
-    """Losses, token counts, learning rates and measured tokens of the step in progress."""
+    """Losses, token counts and measured tokens of the step in progress."""
 
-    losses: list[Tensor] = field(default_factory=list)
-    loss_is_sum: bool = False
-    learning_rates: Sequence[Tensor | float] = ()
-    gradient_norm: Tensor | float | None = None
     tokens: Tensor | None = None
     slots: int = 0
     """Positions, scored or not: known from shapes, without asking the device."""
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By optimiser; under the empty name those that the whole step follows."""
+    _summed: set[str] = field(default_factory=set)
     _slices: list[TokenSlice] = field(default_factory=list)
     _sample_ids: list[Sequence[str] | None] = field(default_factory=list)
 
-    def add_loss(self, loss: Tensor, *, is_sum: bool) -> None:
+    def add_loss(self, loss: Tensor, *, is_sum: bool, optimizer: str = "") -> None:
         """Keep a copy of a micro-batch's loss, which trainers go on to scale in place."""
-        self.losses.append(loss.detach().clone())
-        self.loss_is_sum = is_sum
+        self.losses.setdefault(optimizer, []).append(loss.detach().clone())
+        if is_sum:
+            self._summed.add(optimizer)
 
-    def add_tokens(
+    def count(self, source: TokenSource) -> None:
+        """Count a micro-batch's scored tokens."""
+        scored = source.grid.present.sum()
+        self.tokens = scored if self.tokens is None else self.tokens + scored
+        self.slots += source.grid.targets.numel()
+
+    def measure(
         self,
-        logits: Tensor,
-        targets: Tensor,
-        mask: Tensor | None,
+        source: TokenSource,
         sample_ids: Sequence[str] | None,
         *,
-        measure: bool,
         rows: int | None,
         generator: torch.Generator,
         temperature: float,
     ) -> None:
-        """Count a micro-batch's scored tokens and, where due, measure them or a sample."""
-        logits, targets, present = as_grid(logits.detach(), targets.detach(), mask)
-        scored = present.sum()
-        self.tokens = scored if self.tokens is None else self.tokens + scored
-        self.slots += targets.numel()
-        if measure:
-            sampled = read_tokens(
-                logits, targets, present, rows=rows, generator=generator, temperature=temperature
-            )
-            self._slices.append(sampled)
-            known = sample_ids is not None and len(sample_ids) == len(targets)
-            self._sample_ids.append(sample_ids if known else None)
+        """Measure a micro-batch's tokens, or a sample of them."""
+        self._slices.append(source.measure(rows, generator, temperature))
+        known = sample_ids is not None and len(sample_ids) == source.grid.shape[0]
+        self._sample_ids.append(sample_ids if known else None)
 
     def name_last(self, sample_ids: Sequence[str] | None) -> None:
         """Name the samples of the micro-batch measured last, unless it has names."""
@@ -78,15 +73,18 @@ class MicroBatches:
         """All measured tokens of the step; there must be a measured micro-batch."""
         return join_slices(self._slices, self._sample_ids)
 
-    def loss(self) -> Tensor | None:
+    def loss(self, optimizer: str = "") -> Tensor | None:
         """The step's loss: the sum of shares, or the mean of means.
 
         A micro-batch's loss of several elements, one a replica of `DataParallel`, is their mean.
         """
-        if not self.losses:
+        losses = self.losses.get(optimizer)
+        if not losses:
             return None
-        stacked = torch.stack([loss.float().mean() for loss in self.losses])
-        return stacked.sum() if self.loss_is_sum else stacked.mean()
+        if len(losses) == 1:
+            return losses[0].float().mean()
+        stacked = torch.stack([loss.float().mean() for loss in losses])
+        return stacked.sum() if optimizer in self._summed else stacked.mean()
 
 
 def identifiers(sample_id: Sequence[Any] | Tensor | None) -> list[str] | None:

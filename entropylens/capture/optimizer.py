@@ -1,28 +1,25 @@
 """What an optimiser's step shows: the gradients it uses, the rates it uses, the update it makes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from entropylens.registry import GradientReading, UpdateReading
 
-__all__ = ["OptimizerEvents", "OptimizerTap", "unwrap_optimizer"]
+__all__ = ["OptimizerEvents", "OptimizerTap", "named_optimizers", "unwrap_optimizer"]
 
 
 class OptimizerEvents(Protocol):
     """What `OptimizerTap` asks and tells."""
 
-    def wants(self, reads: str) -> bool:
-        """Whether a diagnostic that reads this is due in the step in progress."""
+    @property
+    def due(self) -> Mapping[str, Any]:
+        """What diagnostics that are due in the step in progress read; empty if none is."""
 
     def take(self, reads: str, reading: Any) -> None:
         """A reading is ready."""
-
-    def take_learning_rates(self, rates: list[Tensor | float]) -> None:
-        """The rates of the parameter groups in the step in progress."""
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
@@ -43,38 +40,94 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     return inner
 
 
+def named_optimizers(optimizers: Any) -> dict[str, Optimizer]:
+    """Optimisers by the name they have in the log; a single one has the empty name.
+
+    Args:
+        optimizers: None, one, a sequence (named optimizer0, optimizer1, ...) or a mapping from
+            names; each may be a wrapper.
+
+    Raises:
+        TypeError: One of them is no optimiser.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.zeros(1))
+        >>> list(named_optimizers([torch.optim.SGD([parameter]), torch.optim.SGD([parameter])]))
+        ['optimizer0', 'optimizer1']
+    """
+    if optimizers is None:
+        return {}
+    if isinstance(optimizers, Mapping):
+        found = {str(name): unwrap_optimizer(one) for name, one in optimizers.items()}
+    elif isinstance(optimizers, Sequence):
+        found = {f"optimizer{i}": unwrap_optimizer(one) for i, one in enumerate(optimizers)}
+    else:
+        return {"": unwrap_optimizer(optimizers)}
+    return {"": next(iter(found.values()))} if len(found) == 1 else found
+
+
 class OptimizerTap:
     """Reads an optimiser just before and just after each of its steps.
+
+    Where the step is given a closure, as Lightning's automatic optimisation and LBFGS do, forward
+    and backward run within the step: gradients and parameters are then read when the closure
+    returns for the first time. Of several steps of one optimiser within one step of the run the
+    first is read.
 
     The copy of the parameters that the update needs lives only during a step in which a diagnostic
     that reads the update is due.
 
     Args:
-        optimizer: A torch optimiser, or a wrapper that holds one as ``optimizer``.
+        optimizer: A torch optimiser.
         events: Asked what is due; must not raise.
-        names: Parameter names by identity; parameters without one are numbered.
+        parameter_names: By identity; parameters without one are numbered.
         guard: Runs a function so that neither its errors nor its time escape unseen.
+        name: In the log; empty where there is one optimiser.
     """
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: Optimizer,
         events: OptimizerEvents,
-        names: dict[int, str],
+        parameter_names: dict[int, str],
         guard: Callable[[str, Callable[[], None]], None],
+        name: str = "",
     ) -> None:
-        self._optimizer = unwrap_optimizer(optimizer)
+        self.name = name
+        self.was_called = False
+        """Whether it has been seen to step at all since the tap was made."""
+        self._optimizer = optimizer
         self._events = events
-        self._names = names
+        self._names = parameter_names
+        self._guard = guard
         self._before: dict[str, Tensor] | None = None
+        self.begin_step()
         self._handles = [
-            self._optimizer.register_step_pre_hook(
-                lambda *_: guard("optimizer pre-step hook", self._pre)
-            ),
-            self._optimizer.register_step_post_hook(
-                lambda *_: guard("optimizer post-step hook", self._post)
-            ),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
+
+    def begin_step(self) -> None:
+        """Forget the last step of the run."""
+        self.calls = 0
+        """Times the optimiser was called in the step in progress."""
+        self.is_expected = False
+        """Whether the trainer said that the optimiser is to step in it."""
+        self.rates: list[Tensor | float] = []
+        """Of each parameter group, as the first call used them."""
+        self._found_inf: Tensor | None = None
+
+    def skipped(self) -> Tensor | float | None:
+        """1 where the step in progress made no update, else 0; None where that is not known.
+
+        A scaler's skip shows in the flag it gives to optimisers that skip by themselves, and in
+        that it does not call the others, which says something once this one has been called.
+        """
+        if self._found_inf is not None:
+            return (self._found_inf > 0).float()
+        if self.calls:
+            return 0.0
+        return 1.0 if self.is_expected and self.was_called else None
 
     def remove(self) -> None:
         """Take the hooks out and drop what is held."""
@@ -82,36 +135,102 @@ class OptimizerTap:
             handle.remove()
         self._before = None
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients as they are now, by parameter name; those without one are left out."""
+        return {n: p.grad for n, p in self._parameters().items() if p.grad is not None}
+
     def _parameters(self) -> dict[str, Tensor]:
         groups = self._optimizer.param_groups
         trained = [p for group in groups for p in group["params"] if p.requires_grad]
         return {self._names.get(id(p), f"parameter_{i}"): p for i, p in enumerate(trained)}
 
-    @torch.no_grad()
-    def _pre(self) -> None:
-        events = self._events
+    # -- hooks -------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
+        self.was_called = True
         self._before = None
-        if events.wants("step"):
-            events.take_learning_rates(
-                [_rate(group["lr"]) for group in self._optimizer.param_groups]
-            )
-        if events.wants("gradients"):
-            parameters = self._parameters()
-            gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-            if gradients:
-                events.take("gradients", GradientReading(gradients=gradients))
-        if events.wants("update"):
+        if self.calls > 1 or not self._events.due:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._guard("optimizer pre-step hook", self._read_before)
+            return None
+        self._guard("optimizer pre-step hook", self._read_rates)
+        watched = _call_once_after(closure, self._read_within)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched}
+        return (args[0], watched, *args[2:]), kwargs
+
+    def _after_step(self, *_: Any) -> None:
+        if self._before is not None:
+            self._guard("optimizer post-step hook", self._read_after)
+
+    def _read_within(self) -> None:
+        self._guard("optimizer closure", self._read_tensors)
+
+    def _read_before(self) -> None:
+        self._read_rates()
+        self._read_tensors()
+
+    def _read_rates(self) -> None:
+        if "step" in self._events.due:
+            self.rates = [_rate(group["lr"]) for group in self._optimizer.param_groups]
+            # A gradient scaler leaves these here during the step of an optimiser that scales and
+            # skips by itself, as torch's fused ones do.
+            found = getattr(self._optimizer, "found_inf", None)
+            self._found_inf = found.clone() if isinstance(found, Tensor) else None
+
+    def _read_tensors(self) -> None:
+        events = self._events
+        if "gradients" in events.due:
+            found: Mapping[str, Tensor] = self.gradients()
+            scale = getattr(self._optimizer, "grad_scale", None)
+            if isinstance(scale, Tensor):
+                found = _Unscaled(found, scale.clone())
+            if found:
+                events.take("gradients", GradientReading(gradients=found, optimizer=self.name))
+        if "update" in events.due:
             self._before = {n: p.detach().clone() for n, p in self._parameters().items()}
 
-    @torch.no_grad()
-    def _post(self) -> None:
-        if self._before is None:
-            return
+    def _read_after(self) -> None:
         before, self._before = self._before, None
         after = self._parameters()
-        if before.keys() <= after.keys():
+        if before and before.keys() <= after.keys():
             after = {name: after[name].detach() for name in before}
-            self._events.take("update", UpdateReading(before=before, after=after))
+            reading = UpdateReading(before=before, after=after, optimizer=self.name)
+            self._events.take("update", reading)
+
+
+class _Unscaled(Mapping[str, Tensor]):
+    """Gradients divided by a loss scale one at a time, when they are looked at."""
+
+    def __init__(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+        self._gradients, self._scale = gradients, scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._gradients[name].float() / self._scale
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._gradients)
+
+    def __len__(self) -> int:
+        return len(self._gradients)
+
+
+def _call_once_after(closure: Callable[..., Any], work: Callable[[], None]) -> Callable[..., Any]:
+    """``closure``, with ``work`` done when it returns for the first time."""
+    done = False
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        result = closure(*args, **kwargs)
+        if not done:
+            done = True
+            work()
+        return result
+
+    return watched
 
 
 def _rate(rate: Tensor | float) -> Tensor | float:

@@ -1,21 +1,53 @@
-"""Measured tokens out of logits: which rows, their statistics, and whose they are."""
+"""Measured tokens of a micro-batch: which rows, their statistics, and whose they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics.token_statistics import token_statistics
+from entropylens.capture.head import Head
+from entropylens.diagnostics.token_statistics import (
+    TokenStatistics,
+    token_statistics,
+    token_statistics_from_hidden,
+)
 from entropylens.registry import TokenReading
 
-__all__ = ["TokenSlice", "as_grid", "join_slices", "read_tokens"]
+__all__ = [
+    "FusedTokens",
+    "Grid",
+    "HiddenTokens",
+    "LogitTokens",
+    "TokenSlice",
+    "TokenSource",
+    "join_slices",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Targets of one micro-batch and which of them are scored."""
+
+    targets: Tensor
+    """``[B, T]``"""
+    present: Tensor
+    """``[B, T]`` bool."""
+    documents: Tensor | None = None
+    """``[B, T]`` number of each target's document among those of the micro-batch, in order, where
+    rows are packed with several; None is one a row."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.targets.shape[0], self.targets.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSlice:
-    """The measured tokens of one micro-batch."""
+    """The measured tokens of one micro-batch, as `entropylens.registry.TokenReading` has them."""
 
     logprob: Tensor
     entropy: Tensor
@@ -23,6 +55,7 @@ class TokenSlice:
     max_probability: Tensor
     present: Tensor
     weight: Tensor
+    distribution_weight: Tensor | None = None
     position: Tensor
     sequence: Tensor
     token_id: Tensor
@@ -32,98 +65,173 @@ class TokenSlice:
     grid: tuple[int, int] | None
 
 
-def as_grid(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[B, T, V]``, targets ``[B, T]`` and which targets are scored ``[B, T]``.
+class TokenSource(Protocol):
+    """What a forward shows of its tokens."""
 
-    One-dimensional targets (classification) become one column; more than two axes are folded into
-    the second. A target that is negative, as in `torch.nn.functional.cross_entropy`, or not below V
-    is masked.
+    @property
+    def grid(self) -> Grid:
+        """The targets, and which of them are scored."""
 
-    Raises:
-        ValueError: ``logits`` has no vocabulary axis, or targets or mask another shape.
-    """
-    if logits.ndim < 2:
-        raise ValueError(
-            f"Lens.observe: expected logits [..., vocabulary] with at least one axis before the "
-            f"vocabulary, got shape {tuple(logits.shape)}"
+    def measure(
+        self, rows: int | None, generator: torch.Generator, temperature: float
+    ) -> TokenSlice:
+        """Measure the scored tokens, or a uniform sample of them without replacement.
+
+        Args:
+            rows: So many at most; None is all.
+            generator: On the tensors' device; the training's own generators are never touched.
+            temperature: The loss's temperature.
+
+        Returns:
+            The slice, on the tensors' device; nothing waits for the host.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTokens:
+    """Tokens of a forward that returned logits."""
+
+    logits: Tensor
+    """``[B, T, V]``, position t scored on target t."""
+    grid: Grid
+
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> "LogitTokens":
+        """From logits ``[..., V]`` and targets ``[...]`` as a loop has them.
+
+        One-dimensional targets (classification) become one column; more than two axes are folded
+        into the second. A target that is negative, as in `torch.nn.functional.cross_entropy`, or
+        not below V is masked.
+
+        Raises:
+            ValueError: ``logits`` has no vocabulary axis, or targets or mask another shape.
+        """
+        if logits.ndim < 2:
+            raise ValueError(
+                f"Lens.observe: expected logits [..., vocabulary] with at least one axis before "
+                f"the vocabulary, got shape {tuple(logits.shape)}"
+            )
+        if targets.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"Lens.observe: expected targets of shape {tuple(logits.shape[:-1])} for logits of "
+                f"shape {tuple(logits.shape)}, got {tuple(targets.shape)}; shift the logits first, "
+                f"or pass shift=True"
+            )
+        if mask is not None and mask.shape != targets.shape:
+            raise ValueError(
+                f"Lens.observe: expected a mask of the targets' shape {tuple(targets.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
+        present = (targets >= 0) & (targets < logits.shape[-1])
+        if mask is not None:
+            present = present & mask.bool()
+        shape = targets.shape[0], prod(targets.shape[1:])
+        return cls(
+            logits=logits.reshape(*shape, logits.shape[-1]),
+            grid=Grid(
+                targets=targets.reshape(shape),
+                present=present.reshape(shape),
+                documents=documents,
+            ),
         )
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"Lens.observe: expected targets of shape {tuple(logits.shape[:-1])} for logits of "
-            f"shape {tuple(logits.shape)}, got {tuple(targets.shape)}; shift the logits first, or "
-            f"pass shift=True"
+
+    def measure(
+        self, rows: int | None, generator: torch.Generator, temperature: float
+    ) -> TokenSlice:
+        """Measure from the logits of the chosen rows; as `TokenSource` says."""
+        grid, logits = self.grid, self.logits
+        chosen = _choose(grid, rows, generator)
+        if chosen.is_all:
+            found = token_statistics(
+                logits, grid.targets, mask=grid.present, temperature=temperature
+            )
+        else:
+            row, column = chosen.places
+            found = token_statistics(
+                logits[row, column],
+                grid.targets[row, column],
+                mask=grid.present[row, column],
+                temperature=temperature,
+            )
+        return _slice(grid, chosen, found, logits.shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenTokens:
+    """Tokens of a forward that built no logits: those of chosen rows are made afterwards."""
+
+    hidden: Tensor
+    """``[B, T, d]``, position t scored on target t."""
+    head: Head
+    grid: Grid
+
+    def measure(
+        self, rows: int | None, generator: torch.Generator, temperature: float
+    ) -> TokenSlice:
+        """Project the chosen rows, in blocks; as `TokenSource` says."""
+        chosen = _choose(self.grid, rows, generator)
+        found = _project(self.hidden, self.head, self.grid, chosen, temperature)
+        return _slice(self.grid, chosen, found, self.head.weight.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedTokens:
+    """Tokens whose log-probability and entropy a fused head computed, of every scored one."""
+
+    logprob: Tensor
+    """``[B, T]`` at the loss's temperature."""
+    entropy: Tensor
+    """``[B, T]`` at the loss's temperature."""
+    grid: Grid
+    hidden: Tensor | None
+    """``[B, T, d]``; None where the backbone was not seen."""
+    head: Head | None
+    vocabulary: int
+
+    def measure(
+        self, rows: int | None, generator: torch.Generator, temperature: float
+    ) -> TokenSlice:
+        """Take what is there of all tokens, and project a sample for the rest.
+
+        ``rows`` limits the sample; as `TokenSource` says otherwise.
+        """
+        everything = _choose(self.grid, None, generator)
+        blank = torch.full_like(self.entropy, torch.nan, dtype=torch.float32)
+        known = TokenStatistics(
+            logprob=torch.where(self.grid.present, self.logprob.float(), torch.nan),
+            entropy=torch.where(self.grid.present, self.entropy.float(), torch.nan),
+            **dict.fromkeys(_DISTRIBUTION, blank),
         )
-    if mask is not None and mask.shape != targets.shape:
-        raise ValueError(
-            f"Lens.observe: expected a mask of the targets' shape {tuple(targets.shape)}, "
-            f"got {tuple(mask.shape)}"
+        whole = _slice(self.grid, everything, known, self.vocabulary)
+        nothing = torch.zeros_like(whole.weight)
+        if self.hidden is None or self.head is None:
+            return replace(whole, distribution_weight=nothing)
+        chosen = _choose(self.grid, rows, generator)
+        found = _project(self.hidden, self.head, self.grid, chosen, temperature)
+        return replace(
+            whole,
+            varentropy=whole.varentropy.index_copy(0, chosen.index, found.varentropy.flatten()),
+            max_probability=whole.max_probability.index_copy(
+                0, chosen.index, found.max_probability.flatten()
+            ),
+            distribution_weight=nothing.index_copy(0, chosen.index, chosen.weight),
         )
-    vocabulary = logits.shape[-1]
-    present = (targets >= 0) & (targets < vocabulary)
-    if mask is not None:
-        present = present & mask.bool()
-    grid = targets.shape[0], prod(targets.shape[1:])
-    return logits.reshape(*grid, vocabulary), targets.reshape(grid), present.reshape(grid)
 
 
-def read_tokens(
-    logits: Tensor,
-    targets: Tensor,
-    present: Tensor,
-    *,
-    rows: int | None,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-) -> TokenSlice:
-    """Measure the tokens of one micro-batch, or a uniform sample of them.
-
-    Args:
-        logits: ``[B, T, V]``.
-        targets: ``[B, T]``.
-        present: ``[B, T]`` bool.
-        rows: Measure at most so many tokens; None is all.
-        generator: On the logits' device; the training's own generators are never touched.
-        temperature: The loss's temperature.
-
-    Returns:
-        The slice, on the logits' device; nothing waits for the host.
-    """
-    batch, length, vocabulary = logits.shape
-    scored = present.sum()
-    key = torch.rand(batch * length, generator=generator, device=logits.device)
-    depth = (present.cumsum(1) - 1).clamp(min=0).flatten()
-    if rows is None or batch * length <= rows:
-        rows = None
-        index = torch.arange(batch * length, device=logits.device)
-        weight = present.flatten().float()
-        measured = token_statistics(logits, targets, mask=present, temperature=temperature)
-    else:
-        order = torch.where(present.flatten(), key, key + 1.0)
-        index = order.topk(rows, largest=False).indices
-        weight = present.flatten()[index] * (scored / scored.clamp(min=1, max=rows))
-        row, column = index // length, index % length
-        measured = token_statistics(
-            logits[row, column],
-            targets[row, column],
-            mask=present[row, column],
-            temperature=temperature,
-        )
-    kept, token_id = present.flatten()[index], targets.flatten()[index]
-    return TokenSlice(
-        logprob=measured.logprob.flatten(),
-        entropy=measured.entropy.flatten(),
-        varentropy=measured.varentropy.flatten(),
-        max_probability=measured.max_probability.flatten(),
-        present=kept,
-        weight=weight,
-        position=depth[index],
-        sequence=index // length,
-        token_id=token_id,
-        key=torch.rand(len(index), generator=generator, device=logits.device),
-        sequence_tokens=present.sum(1),
-        vocabulary=vocabulary,
-        grid=(batch, length) if rows is None else None,
-    )
+_DISTRIBUTION = (
+    "varentropy",
+    "sum_squared_probabilities",
+    "expected_discriminator",
+    "max_probability",
+    "log_sum_exp",
+)
+"""Statistics that need a token's whole distribution."""
 
 
 def join_slices(
@@ -137,10 +245,14 @@ def join_slices(
     """
     sequences = [part.sequence_tokens.shape[0] for part in slices]
     offsets = [sum(sequences[:i]) for i in range(len(slices))]
+    several = len(slices) > 1
 
     def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in slices])
+        parts = [getattr(part, name) for part in slices]
+        return torch.cat(parts) if several else parts[0]
 
+    weights = [part.distribution_weight for part in slices]
+    whole = [part.weight if w is None else w for part, w in zip(slices, weights, strict=True)]
     ids = [name for part in sample_ids if part is not None for name in part]
     grids = [part.grid for part in slices if part.grid is not None]
     return TokenReading(
@@ -150,6 +262,7 @@ def join_slices(
         max_probability=joined("max_probability"),
         present=joined("present"),
         weight=joined("weight"),
+        distribution_weight=torch.cat(whole) if any(w is not None for w in weights) else None,
         position=joined("position"),
         sequence=torch.cat([p.sequence + o for p, o in zip(slices, offsets, strict=True)]),
         token_id=joined("token_id"),
@@ -159,3 +272,96 @@ def join_slices(
         vocabulary=max(part.vocabulary for part in slices),
         grids=grids if len(grids) == len(slices) else None,
     )
+
+
+# -- which rows, and where they stand --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of a grid: their flat index, the scored tokens that each stands for, a random key."""
+
+    index: Tensor
+    weight: Tensor
+    key: Tensor
+    columns: int
+    is_all: bool
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        return self.index // self.columns, self.index % self.columns
+
+
+def _choose(grid: Grid, rows: int | None, generator: torch.Generator) -> _Chosen:
+    present = grid.present.flatten()
+    device, slots = present.device, present.numel()
+    key = torch.rand(slots, generator=generator, device=device)
+    columns = grid.shape[1]
+    if rows is None or slots <= rows:
+        return _Chosen(torch.arange(slots, device=device), present.float(), key, columns, True)
+    index = torch.where(present, key, key + 1.0).topk(rows, largest=False).indices
+    scored = present.sum()
+    weight = present[index] * (scored / scored.clamp(min=1, max=rows))
+    # The keys that chose the rows are the smallest ones: not uniform any more.
+    again = torch.rand(rows, generator=generator, device=device)
+    return _Chosen(index, weight, again, columns, False)
+
+
+def _project(
+    hidden: Tensor, head: Head, grid: Grid, chosen: _Chosen, temperature: float
+) -> TokenStatistics:
+    row, column = chosen.places
+    return token_statistics_from_hidden(
+        hidden[row, column],
+        head.weight,
+        grid.targets[row, column],
+        bias=head.bias,
+        soft_cap=head.soft_cap,
+        logit_scale=head.logit_scale,
+        mask=grid.present[row, column],
+        temperature=temperature,
+    )
+
+
+def _slice(grid: Grid, chosen: _Chosen, found: TokenStatistics, vocabulary: int) -> TokenSlice:
+    depth, sequence, sequence_tokens = _places(grid)
+    index = chosen.index
+
+    def picked(values: Tensor) -> Tensor:
+        return values.flatten() if chosen.is_all else values.flatten()[index]
+
+    return TokenSlice(
+        logprob=found.logprob.flatten(),
+        entropy=found.entropy.flatten(),
+        varentropy=found.varentropy.flatten(),
+        max_probability=found.max_probability.flatten(),
+        present=picked(grid.present),
+        weight=chosen.weight,
+        position=picked(depth),
+        sequence=index // chosen.columns if sequence is None else picked(sequence),
+        token_id=picked(grid.targets),
+        key=chosen.key,
+        sequence_tokens=sequence_tokens,
+        vocabulary=vocabulary,
+        grid=grid.shape if chosen.is_all else None,
+    )
+
+
+def _places(grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Where targets stand in their sequences, and how long those are.
+
+    Returns:
+        Each target's index among the scored ones of its sequence, the number of its sequence (None
+        is its row), and the scored tokens of every sequence.
+
+    How many documents packed rows hold is not known without waiting for the device: there is a
+    place for as many as there are targets.
+    """
+    present, documents = grid.present, grid.documents
+    if documents is None:
+        return (present.cumsum(1) - 1).clamp(min=0), None, present.sum(1)
+    flat, sequence = present.flatten().long(), documents.flatten()
+    tokens = flat.new_zeros(flat.numel()).index_add(0, sequence, flat)
+    before = tokens.cumsum(0) - tokens
+    depth = (flat.cumsum(0) - 1 - before[sequence]).clamp(min=0)
+    return depth.view(present.shape), documents, tokens

@@ -11,7 +11,12 @@ __all__ = ["constants", "share_where", "summarise", "weighted_mean", "weighted_q
 def constants(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Numbers on a device, filled there: a copy from the host would wait for its stream."""
+    """Numbers on a device, without waiting for its stream as a copy from the host would.
+
+    On a CPU they are made at once; elsewhere they are filled in one by one.
+    """
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
     filled = torch.empty(len(values), device=device, dtype=dtype)
     for at, value in enumerate(values):
         filled[at] = value
@@ -29,19 +34,19 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     nothing carries weight, and when a value that does is NaN.
 
     Args:
-        values: ``[n]``; what stands where the weight is 0 is ignored, NaN included.
-        weight: ``[n]``, at least 0.
+        values: ``[..., n]``; what stands where the weight is 0 is ignored, NaN included.
+        weight: ``[..., n]``, at least 0.
 
     Returns:
-        ``[]``, float32.
+        ``[...]``, float32.
 
     Example:
         >>> weighted_mean(torch.tensor([1.0, 4.0, float("nan")]), torch.tensor([1.0, 2.0, 0.0]))
         tensor(3.)
     """
     weight = weight.to(_wide(values))
-    total = torch.where(weight > 0, values * weight, 0.0).sum()
-    return (total / weight.sum()).float()
+    total = torch.where(weight > 0, values * weight, 0.0).sum(-1)
+    return (total / weight.sum(-1)).float()
 
 
 def weighted_quantiles(values: Tensor, weight: Tensor, levels: tuple[float, ...]) -> Tensor:
@@ -64,24 +69,25 @@ def weighted_quantiles(values: Tensor, weight: Tensor, levels: tuple[float, ...]
     """
     if values.numel() == 0:
         return values.new_full((len(levels),), torch.nan, dtype=torch.float32)
+    # What carries no weight goes last, behind +inf too: NaN sorts after everything. Where a value
+    # that counts is NaN the result is, whatever the order.
     weighted = weight > 0
-    poisoned = (weighted & values.isnan()).any()
-    # What carries no weight goes last, behind +inf too, so that ranks of the rest are theirs.
-    order = torch.where(weighted, values.float(), torch.inf).argsort(stable=True)
-    order = order[weighted[order].logical_not().to(torch.int8).argsort(stable=True)]
-    ordered, weight = values.float()[order], weight[order].to(_wide(values))
-    centre = (weight.cumsum(0) - weight / 2) / weight.sum()
-    last = (weighted.sum() - 1).clamp(min=0)
-    level = constants(levels, values.device, _wide(values))
+    ordered, order = torch.where(weighted, values.float(), torch.nan).sort()
+    weight = weight.to(_wide(values))
+    weights, count = weight[order], weighted.sum()
+    cumulative = weights.cumsum(0)
+    total = cumulative[-1]
+    centre = (cumulative - weights / 2) / total
+    last = (count - 1).clamp(min=0)
+    level = constants(levels, values.device, weight.dtype)
     above = torch.minimum(torch.searchsorted(centre, level), last)
     below = (above - 1).clamp(min=0)
-    gap = (centre[above] - centre[below]).clamp(min=1e-30)
-    fraction = ((level - centre[below]) / gap).clamp(0.0, 1.0).float()
-    low, high = ordered[below], ordered[above]
+    left, low, high = centre[below], ordered[below], ordered[above]
+    fraction = ((level - left) / (centre[above] - left).clamp(min=1e-30)).clamp(0.0, 1.0).float()
     # low + f * (high - low) is NaN where either is infinite, even at f = 0 and f = 1.
     mixed = torch.where(fraction > 0, low + fraction * (high - low), low)
     mixed = torch.where((fraction >= 1) | (low == high), high, mixed)
-    return torch.where(poisoned | (weighted.sum() == 0), torch.nan, mixed)
+    return torch.where(ordered.gather(0, last[None]).isnan(), torch.nan, mixed)
 
 
 def share_where(condition: Tensor, weight: Tensor) -> Tensor:
@@ -97,7 +103,10 @@ def summarise(values: Tensor, weight: Tensor, levels: tuple[float, ...]) -> Tens
     Returns:
         ``[2 + len(levels)]``: mean, standard deviation, then a quantile for each level.
     """
-    mean = weighted_mean(values, weight)
-    deviation = weighted_mean((values - mean) ** 2, weight).sqrt()
-    quantiles = weighted_quantiles(values, weight, levels)
-    return torch.cat([torch.stack([mean, deviation]), quantiles])
+    wide = weight.to(_wide(values))
+    total = wide.sum()
+    kept = torch.where(wide > 0, values, 0.0)
+    mean = (kept * wide).sum() / total
+    deviation = ((kept - mean).square() * wide).sum().div(total).sqrt()
+    moments = torch.stack([mean, deviation]).float()
+    return torch.cat([moments, weighted_quantiles(values, weight, levels)]) if levels else moments

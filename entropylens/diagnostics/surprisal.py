@@ -54,6 +54,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "max of -log p(target) over the measured tokens",
         _RARE,
         "no outliers",
+        ranks="max",
     ),
     "surprisal_gap/mean": _metric(
         "Is the model as surprised as it expects to be?",
@@ -101,12 +102,14 @@ class Surprisal(Diagnostic):
         gap = summarise(-reading.logprob - reading.entropy, weight, ())
         names = [f"surprisal/token/{name}" for name in ("mean", "std", "p50", "p95", "max")]
         names += ["surprisal_gap/mean", "surprisal_gap/std"]
-        values = [surprisal, gap]
-        for name, column in (
-            ("varentropy/token/mean", reading.varentropy),
-            ("probability/max/mean", reading.max_probability),
-        ):
-            if column is not None:
-                names.append(name)
-                values.append(weighted_mean(column, weight)[None])
-        return [Block.metrics(names, torch.cat(values), weight=weight.sum())], state
+        blocks = [Block.metrics(names, torch.cat([surprisal, gap]), weight=weight.sum())]
+        known = {
+            "varentropy/token/mean": reading.varentropy,
+            "probability/max/mean": reading.max_probability,
+        }
+        columns = {name: column for name, column in known.items() if column is not None}
+        if columns:
+            whole = weight if reading.distribution_weight is None else reading.distribution_weight
+            means = weighted_mean(torch.stack(list(columns.values())), whole)
+            blocks.append(Block.metrics(list(columns), means, weight=whole.sum()))
+        return blocks, state

@@ -52,6 +52,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         f"entropy/token/{name}": _metric(
             f"Below which entropy do {level:.0%} of the tokens lie?",
             f"quantile {level:g} of H over tokens, Hazen interpolation",
+            ranks={"min": "min", "max": "max"}.get(name, "mean"),
         )
         for name, level in LEVELS_MAX.items()
     },
@@ -61,6 +62,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "tokens",
         high="a small standard error",
         low="a large standard error: sampled rows",
+        ranks="sum",
     ),
     "entropy/normalised/mean": _metric(
         "How undecided is the model, as a share of what the vocabulary allows?",
@@ -110,7 +112,7 @@ def entropy_by_position(entropy: Tensor, position: Tensor, weight: Tensor) -> tu
     bucket = torch.bucketize(position, bounds, right=True)
     member = bucket[None, :] == torch.arange(len(POSITIONS), device=bucket.device)[:, None]
     weights = torch.where(member, weight, 0.0)
-    return torch.stack([weighted_mean(entropy, row) for row in weights]), weights.sum(1)
+    return weighted_mean(entropy, weights), weights.sum(1)
 
 
 def entropy_spikes(

@@ -156,7 +156,7 @@ def token_statistics_from_hidden(
         for rows, wanted in _row_blocks(hidden, targets.flatten(), HIDDEN_ROWS):
             sums, picked = [], rows.new_zeros(rows.shape[0], dtype=torch.float32)
             for start in range(0, vocabulary, TILE):
-                part = rows @ weight[start : start + TILE].mT
+                part = rows @ weight[start : start + TILE].to(rows.dtype).mT
                 part = part if bias is None else part + bias[start : start + TILE]
                 part = part.float() if logit_scale == 1.0 else part.float() * logit_scale
                 part = part if soft_cap is None else torch.tanh(part / soft_cap) * soft_cap

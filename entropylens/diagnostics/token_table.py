@@ -71,7 +71,7 @@ class TokenTable(Diagnostic):
             "entropy": reading.entropy[index],
             "selection": ["largest"] * len(largest) + ["uniform"] * len(uniform),
         }
-        if reading.varentropy is not None:
+        if reading.varentropy is not None and reading.distribution_weight is None:
             columns["varentropy"] = reading.varentropy[index]
         if reading.sample_ids is not None:
             columns["sample_id"] = Lookup(reading.sample_ids, columns["sequence"])

@@ -5,7 +5,15 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from entropylens.registry import Block, Diagnostic, Metric, StepReading, diagnostic
+from entropylens.registry import (
+    Block,
+    Diagnostic,
+    Metric,
+    OptimizerReading,
+    Scalars,
+    StepReading,
+    diagnostic,
+)
 
 __all__ = ["TrainingVitals"]
 
@@ -24,7 +32,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "loss/mean": _metric(
         "Is the model learning?",
         "the loss the trainer minimises in this step: over its micro-batches summed where the "
-        "trainer divides by the step's tokens, averaged where it does not",
+        "trainer divides by the step's tokens, averaged where it does not; module is the optimiser "
+        "where each of several follows a loss of its own",
         "nats (cross-entropy)",
         "not learning, a bad batch, or divergence",
         "learning, or memorising",
@@ -32,7 +41,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "learning_rate": _metric(
         "How large a step does the schedule ask for?",
         "lr of each parameter group as this step used it; module is the group's index where there "
-        "are several",
+        "are several, the optimiser's name, or both",
         "1",
         "bold steps",
         "small steps",
@@ -43,22 +52,35 @@ METRICS: Final[Mapping[str, Metric]] = {
         "1",
         "a bad batch or instability; clipping hides it from the optimiser but not from here",
         "a flat region or a vanishing signal",
-        estimator="the value that the loop's own clipping computed, after unscaling; absent where "
-        "nothing clips or the loop does not pass it",
+        estimator="the value that the loop's own clipping computed, or our norm of the gradients "
+        "that Lightning shows before it clips; after unscaling; absent where neither is there",
+    ),
+    "optimizer/skipped": _metric(
+        "Was this step's update called off?",
+        "1 where the optimiser made no update because a gradient scaler found an overflow, else 0",
+        "1",
+        "the loss scale is too high for these gradients, or they are not finite",
+        "every step updates",
+        estimator="the scaler's own flag where the optimiser steps with it (fused); elsewhere "
+        "whether the optimiser was called, which is known from its first call on",
+        ranks="max",
     ),
     "tokens/step": _metric(
         "How many scored tokens did this step learn from?",
-        "number of targets that are not masked, over all micro-batches of this rank",
+        "number of targets that are not masked, over all micro-batches; over ranks summed",
         "tokens",
         "long or densely scored batches",
         "short batches or mostly masked ones",
+        ranks="sum",
     ),
     "tokens/seen": _metric(
         "How many scored tokens has the run learnt from so far?",
-        "sum of tokens/step since step 1, resumed runs included",
+        "sum of tokens/step since step 1, resumed runs included; over ranks summed",
         "tokens",
         "late in training",
         "early in training",
+        estimator="exact; absent from the first step on that the overhead budget left uncounted",
+        ranks="sum",
     ),
     "throughput/tokens_per_second": _metric(
         "How fast does it train?",
@@ -66,6 +88,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "tokens/s",
         "fast",
         "input-bound, throttled, or disturbed",
+        ranks="sum",
     ),
     "step/seconds": _metric(
         "How long does a step take?",
@@ -73,6 +96,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "s",
         "stragglers, input stalls, checkpoints, other load",
         "fast",
+        ranks="max",
     ),
     "memory/device/allocated": _metric(
         "How much memory do tensors take on the accelerator?",
@@ -80,6 +104,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "GiB",
         "close to the device's limit: out-of-memory is near",
         "room for a larger batch",
+        ranks="max",
     ),
     "memory/process/resident": _metric(
         "How much host memory does the training process take?",
@@ -87,6 +112,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "GiB",
         "growing without end: a leak",
         "small",
+        ranks="max",
     ),
     "overhead/fraction": _metric(
         "What does entropylens cost?",
@@ -96,6 +122,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "above max_overhead: rows and intervals are being thinned",
         "cheap",
         estimator="on a CPU the clock; on an accelerator the host's share and device events",
+        ranks="max",
     ),
     "overhead/rows": _metric(
         "How many tokens of a step are measured at most?",
@@ -103,6 +130,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "tokens",
         "complete",
         "sampled, to keep the promised overhead",
+        ranks="min",
     ),
     "overhead/widening": _metric(
         "By how much has the budget widened the intervals?",
@@ -110,6 +138,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "1",
         "measured rarely, to keep the promised overhead",
         "1: as the preset says",
+        ranks="max",
     ),
     "framework/*": _metric(
         "What does the trainer itself report under this name?",
@@ -133,7 +162,6 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 def _values(reading: StepReading) -> Iterator[tuple[str, Tensor | float | None]]:
     yield "loss/mean", reading.loss
-    yield "gradient/norm/before_clip", reading.gradient_norm_before_clip
     yield "tokens/step", reading.tokens
     yield "tokens/seen", reading.tokens_seen
     yield "step/seconds", reading.seconds
@@ -148,30 +176,27 @@ def _values(reading: StepReading) -> Iterator[tuple[str, Tensor | float | None]]
     yield "overhead/widening", reading.widening
 
 
+def _of_optimizer(reading: OptimizerReading) -> Iterator[tuple[str, str, Tensor | float | None]]:
+    name = reading.name
+    yield "loss/mean", name, reading.loss
+    yield "gradient/norm/before_clip", name, reading.gradient_norm_before_clip
+    yield "optimizer/skipped", name, reading.skipped
+    for group, rate in enumerate(reading.learning_rates):
+        parts = [name, str(group)] if len(reading.learning_rates) > 1 else [name]
+        yield "learning_rate", "/".join(part for part in parts if part), rate
+
+
 @diagnostic(reads="step", every={"fast": 1, "balanced": 1, "full": 1}, floor=100, metrics=METRICS)
 class TrainingVitals(Diagnostic):
     """The scalars that every run records; what is not known is not written."""
 
     def measure(self, reading: StepReading, state: Any) -> tuple[list[Block], Any]:
-        """Write what is known about one step, tensors and host numbers apart."""
-        known = [(name, value) for name, value in _values(reading) if value is not None]
-        host = [(name, value) for name, value in known if not isinstance(value, Tensor)]
-        several = len(reading.learning_rates) > 1
-        host_modules = [""] * len(host)
-        blocks = [
-            Block.metrics([name], value.reshape(1))
-            for name, value in known
-            if isinstance(value, Tensor)
-        ]
-        for group, rate in enumerate(reading.learning_rates):
-            module = str(group) if several else ""
-            if isinstance(rate, Tensor):
-                blocks.append(Block.metrics(["learning_rate"], rate.reshape(1), modules=module))
-                continue
-            host.append(("learning_rate", rate))
-            host_modules.append(module)
-        if host:
-            names, values = zip(*host, strict=True)
-            table = Block("metrics", {"name": names, "module": host_modules, "value": values})
-            blocks.append(table)
-        return blocks, state
+        """Write what is known about one step."""
+        rows = [(name, "", value) for name, value in _values(reading)]
+        for optimizer in reading.optimizers:
+            rows += _of_optimizer(optimizer)
+        known = [row for row in rows if row[2] is not None]
+        if not known:
+            return [], state
+        names, modules, values = zip(*known, strict=True)
+        return [Block.metrics(names, Scalars(values), modules=modules)], state

@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from entropylens.dictionary import definitions
 from entropylens.errors import EntropyLensError, unknown_name
 from entropylens.records import SCHEMAS
 from entropylens.store.filters import split_patterns
@@ -110,10 +111,11 @@ def series(runs: Run | Sequence[Run], names: str | Sequence[str] | None = None) 
 def combine_ranks(metrics: "ir.Table") -> "ir.Table":
     """One row a run, phase, name, module and step: what the ranks measured, together.
 
-    The mean weighted by ``weight`` (the tokens behind each value), or the plain mean where a rank
-    gave no weight. It is exact for means. Quantiles, minima and maxima are combined by the same
-    mean, which is only near the quantile of all ranks' tokens; counts such as ``tokens/step`` come
-    out as the mean over ranks, not as their sum. A rank's NaN makes the step NaN.
+    As the metric dictionary says under ``ranks``: counts are added up, extremes are extremes, the
+    norms of shards make a norm, and everything else, names of your own included, is the mean
+    weighted by ``weight`` (the tokens behind each value), or the plain mean where a rank gave no
+    weight. It is exact for means; quantiles are combined by the same mean, which is only near the
+    quantile of all ranks' tokens. A rank's NaN makes the step NaN.
 
     Args:
         metrics: The metrics table, with a column ``run``.
@@ -124,8 +126,19 @@ def combine_ranks(metrics: "ir.Table") -> "ir.Table":
     import ibis
 
     value, weight = metrics.value, metrics.weight
+    together = {
+        "sum": value.sum(),
+        "min": value.min(),
+        "max": value.max(),
+        "root_sum_square": (value * value).sum().sqrt(),
+    }
+    named: dict[str, list[str]] = {rule: [] for rule in together}
+    for name, known in definitions().items():
+        named.setdefault(known.ranks, []).append(name)
     weighted = weight.notnull().all() & (weight.sum() > 0)
     combined = ibis.cases(
+        (value.isnan().any(), float("nan")),
+        *((metrics.name.isin(named[r]).any(), v) for r, v in together.items() if named[r]),
         (value.min() == value.max(), value.max()),
         (weighted, (value * weight).sum() / weight.sum()),
         else_=value.mean(),

@@ -116,6 +116,11 @@ class RunWriter:
         """The directory really written to."""
         return self._layout.root
 
+    @property
+    def run_id(self) -> str:
+        """Of the run, kept through resumes."""
+        return str(self._manifest["run_id"])
+
     # -- called by whoever measures --------------------------------------------------------------
 
     def write(self, table: str, columns: Mapping[str, Any]) -> None:

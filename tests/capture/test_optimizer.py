@@ -1,28 +1,30 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from entropylens.capture.optimizer import OptimizerTap, unwrap_optimizer
+from entropylens.capture.optimizer import (
+    OptimizerTap,
+    named_optimizers,
+    unwrap_optimizer,
+)
 from entropylens.registry import GradientReading, UpdateReading
 
 
 class Events:
     def __init__(self, *wanted: str) -> None:
-        self.wanted = wanted
+        self.due: dict[str, Any] = dict.fromkeys(wanted, ())
         self.taken: dict[str, Any] = {}
-        self.rates: list[torch.Tensor | float] = []
-
-    def wants(self, reads: str) -> bool:
-        return reads in self.wanted
 
     def take(self, reads: str, reading: Any) -> None:
+        if isinstance(reading, GradientReading):
+            # The step goes on to change them: a fused one writes them back without the loss scale.
+            gradients = {name: value.clone() for name, value in reading.gradients.items()}
+            reading = replace(reading, gradients=gradients)
         self.taken[reads] = reading
-
-    def take_learning_rates(self, rates: list[torch.Tensor | float]) -> None:
-        self.rates = rates
 
 
 def unguarded(where: str, work: Callable[[], None]) -> None:
@@ -46,12 +48,13 @@ def trained(events: Events, *, clip: float | None = None) -> tuple[nn.Linear, Op
 
 def test_gradients_are_read_as_the_optimiser_uses_them() -> None:
     events = Events("gradients", "step")
-    _, _ = trained(events, clip=0.5)
+    _, tap = trained(events, clip=0.5)
     reading = events.taken["gradients"]
     assert isinstance(reading, GradientReading)
     assert set(reading.gradients) == {"weight"}
     assert reading.gradients["weight"].norm().item() == pytest.approx(0.5, rel=1e-4)
-    assert events.rates == [0.1, 0.5]
+    assert tap.rates == [0.1, 0.5]
+    assert reading.clipped
 
 
 def test_the_update_is_what_the_step_did_to_trainable_parameters() -> None:
@@ -96,10 +99,125 @@ def test_a_wrapper_is_unwrapped_and_anything_else_refused() -> None:
 
 
 def test_a_step_that_raised_leaves_no_copy_for_the_next_ones_update() -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("no step")
+
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
     events = Events("update")
-    _, tap = trained(events)
-    tap._pre()
+    optimizer = Failing([parameter], lr=0.1)
+    tap = OptimizerTap(optimizer, events, {}, unguarded)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
     assert tap._before is not None
-    events.wanted = ()
-    tap._pre()
+    events.due = {}
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
     assert tap._before is None
+
+
+@pytest.mark.parametrize("as_keyword", [True, False])
+def test_with_a_closure_gradients_and_parameters_are_those_it_leaves(as_keyword: bool) -> None:
+    """Lightning's automatic optimisation and LBFGS run forward and backward within the step."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    events = Events("gradients", "update", "step")
+    tap = OptimizerTap(optimizer, events, {id(model.weight): "weight"}, unguarded)
+    inputs = torch.ones(4, 3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(inputs).sum()
+        loss.backward()
+        return loss
+
+    before = model.weight.detach().clone()
+    loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+    assert loss is not None
+    gradients = events.taken["gradients"].gradients
+    assert torch.equal(gradients["weight"], torch.full((1, 3), 4.0))
+    update = events.taken["update"]
+    assert torch.equal(update.before["weight"], before)
+    assert torch.equal(update.after["weight"], before - 2.0)
+    assert tap.rates == [0.5]
+    assert (tap.calls, tap.skipped()) == (1, 0.0)
+
+
+def test_of_the_many_calls_of_a_closure_the_first_is_read() -> None:
+    parameter = nn.Parameter(torch.tensor([3.0]))
+    optimizer = torch.optim.LBFGS([parameter], max_iter=5)
+    events = Events("gradients", "update")
+    OptimizerTap(optimizer, events, {id(parameter): "x"}, unguarded)
+    calls = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = (parameter**2).sum()
+        loss.backward()
+        if calls == 1:
+            seen.append(float(parameter.detach()))
+        return loss
+
+    seen: list[float] = []
+    optimizer.step(closure)
+    assert calls > 1
+    assert events.taken["update"].before["x"].item() == seen[0] == 3.0
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_fused_step_shows_its_skip_and_its_gradients_without_the_loss_scale(
+    unscaled: bool, overflow: bool
+) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    events = Events("gradients", "step", "update")
+    tap = OptimizerTap(optimizer, events, {id(model.weight): "weight"}, unguarded)
+    loss = model(torch.ones(2, 3)).sum() * (torch.inf if overflow else 1.0)
+    scaler.scale(loss).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    skipped = tap.skipped()
+    assert isinstance(skipped, torch.Tensor)
+    assert skipped.item() == overflow
+    update = events.taken["update"]
+    moved = torch.equal(update.before["weight"], update.after["weight"])
+    assert moved == overflow
+    if not overflow:
+        gradient = events.taken["gradients"].gradients["weight"]
+        assert torch.allclose(gradient, torch.full((1, 3), 2.0))
+
+
+def test_a_step_that_a_scaler_does_not_make_is_skipped_once_it_is_known_to_be_called() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    tap = OptimizerTap(optimizer, Events("step"), {}, unguarded)
+    said = []
+    for factor in (torch.inf, 1.0, torch.inf):
+        tap.begin_step()
+        tap.is_expected = True
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 3)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        said.append(tap.skipped())
+    assert said == [None, 0.0, 1.0]
+    tap.begin_step()
+    assert tap.skipped() is None
+
+
+def test_optimisers_are_named_and_a_single_one_is_not() -> None:
+    first, second = (torch.optim.SGD([nn.Parameter(torch.ones(1))]) for _ in range(2))
+    assert named_optimizers(None) == {}
+    assert named_optimizers(first) == named_optimizers([first]) == {"": first}
+    assert named_optimizers([first, second]) == {"optimizer0": first, "optimizer1": second}
+    assert list(named_optimizers({"generator": first, "critic": second})) == ["generator", "critic"]
+    with pytest.raises(TypeError, match=r"a wrapper of one, got str"):
+        named_optimizers({"generator": first, "critic": "none"})

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from entropylens.capture.tokens import as_grid, join_slices, read_tokens
+from entropylens.capture.tokens import Grid, LogitTokens, TokenSlice, join_slices
 
 
 def logits_and_targets(
@@ -12,6 +12,19 @@ def logits_and_targets(
     targets = torch.randint(0, vocabulary, (batch, length), generator=generator)
     present = torch.rand(batch, length, generator=generator) < 0.6
     return logits, targets, present
+
+
+def read_tokens(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    present: torch.Tensor,
+    *,
+    rows: int | None,
+    generator: torch.Generator,
+    documents: torch.Tensor | None = None,
+) -> TokenSlice:
+    grid = Grid(targets=targets, present=present, documents=documents)
+    return LogitTokens(logits=logits, grid=grid).measure(rows, generator, 1.0)
 
 
 def own() -> torch.Generator:
@@ -131,32 +144,49 @@ def test_micro_batches_are_joined_and_their_sequences_numbered_on() -> None:
     assert join_slices(parts, [["a"], None]).sample_ids is None
 
 
+def test_packed_documents_are_sequences_of_their_own_with_positions_from_zero() -> None:
+    """As padded rows of the same documents: same positions, same tokens by sequence."""
+    logits, targets, _ = logits_and_targets(batch=2, length=6)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [2, 2, 3, 3, 3, 3]])
+    present = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 1, 1]]).bool()
+    arguments = {"generator": own(), "documents": documents}
+    found = read_tokens(logits, targets, present, rows=None, **arguments)  # type: ignore[arg-type]
+    assert found.position[found.present].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 2]
+    assert found.sequence[found.present].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert found.sequence_tokens.tolist() == [2, 2, 2, 3] + [0] * 8
+    sampled = read_tokens(logits, targets, present, rows=5, **arguments)  # type: ignore[arg-type]
+    places = dict(zip(found.entropy.tolist(), zip(found.sequence.tolist(),
+                      found.position.tolist(), strict=True), strict=True))  # fmt: skip
+    again = zip(sampled.sequence.tolist(), sampled.position.tolist(), strict=True)
+    assert [places[e] for e in sampled.entropy.tolist()] == list(again)
+
+
 def test_classification_is_one_column() -> None:
-    logits, targets, present = as_grid(torch.zeros(6, 4), torch.tensor([0, 1, -100, 3, 2, 1]), None)
-    assert logits.shape == (6, 1, 4)
-    assert present[:, 0].tolist() == [True, True, False, True, True, True]
-    assert targets.shape == (6, 1)
+    found = LogitTokens.of(torch.zeros(6, 4), torch.tensor([0, 1, -100, 3, 2, 1]))
+    assert found.logits.shape == (6, 1, 4)
+    assert found.grid.present[:, 0].tolist() == [True, True, False, True, True, True]
+    assert found.grid.targets.shape == (6, 1)
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(
         ValueError, match=r"expected logits \[..., vocabulary\] .* got shape \(5,\)"
     ):
-        as_grid(torch.zeros(5), torch.zeros(()), None)
+        LogitTokens.of(torch.zeros(5), torch.zeros(()))
     with pytest.raises(ValueError, match=r"targets of shape \(2, 3\) .* got \(2, 4\); shift"):
-        as_grid(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.long), None)
+        LogitTokens.of(torch.zeros(2, 3, 7), torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"a mask of the targets' shape \(2, 3\), got \(2,\)"):
-        as_grid(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long), torch.ones(2))
+        LogitTokens.of(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long), torch.ones(2))
 
 
 def test_a_target_beyond_the_vocabulary_is_masked_and_poisons_nothing() -> None:
-    grid = as_grid(torch.zeros(1, 3, 5), torch.tensor([[0, 4, 255]]), None)
-    assert grid[2].tolist() == [[True, True, False]]
-    found = read_tokens(*grid, rows=None, generator=own())
+    source = LogitTokens.of(torch.zeros(1, 3, 5), torch.tensor([[0, 4, 255]]))
+    assert source.grid.present.tolist() == [[True, True, False]]
+    found = source.measure(None, own(), 1.0)
     assert (found.entropy * found.weight)[found.present].isfinite().all()
 
 
 def test_sequences_of_no_length_are_no_tokens() -> None:
-    grid = as_grid(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.long), None)
-    assert [part.shape for part in grid] == [(2, 0, 5), (2, 0), (2, 0)]
-    assert read_tokens(*grid, rows=None, generator=own()).sequence_tokens.tolist() == [0, 0]
+    source = LogitTokens.of(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.long))
+    assert source.logits.shape == (2, 0, 5)
+    assert source.measure(None, own(), 1.0).sequence_tokens.tolist() == [0, 0]

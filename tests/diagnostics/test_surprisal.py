@@ -5,6 +5,12 @@ from entropylens.diagnostics.surprisal import Surprisal
 from entropylens.registry import TokenReading
 
 
+def measured(reading: TokenReading) -> dict[str, float]:
+    blocks, _ = Surprisal().measure(reading, None)
+    pairs = [zip(b.columns["name"], b.columns["value"].tolist(), strict=True) for b in blocks]
+    return {name: value for block in pairs for name, value in block}
+
+
 def test_surprisal_and_gap_equal_their_definitions_and_the_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(200, 30, generator=generator, dtype=torch.float64)
@@ -27,8 +33,7 @@ def test_surprisal_and_gap_equal_their_definitions_and_the_cross_entropy() -> No
         sequence_tokens=torch.tensor([n]),
         vocabulary=30,
     )
-    (block,), _ = Surprisal().measure(reading, None)
-    found = dict(zip(block.columns["name"], block.columns["value"].tolist(), strict=True))
+    found = measured(reading)
     loss = torch.nn.functional.cross_entropy(logits, targets).item()
     gap = -picked - entropy
     assert found["surprisal/token/mean"] == pytest.approx(loss, rel=1e-6)
@@ -65,6 +70,29 @@ def test_what_the_reading_does_not_hold_is_not_written() -> None:
         sequence_tokens=torch.tensor([n]),
         vocabulary=5,
     )
-    (block,), _ = Surprisal().measure(reading, None)
-    assert "varentropy/token/mean" not in block.columns["name"]
-    assert "probability/max/mean" not in block.columns["name"]
+    found = measured(reading)
+    assert "varentropy/token/mean" not in found
+    assert "probability/max/mean" not in found
+
+
+def test_what_only_a_sample_was_looked_at_for_is_weighted_by_that_sample() -> None:
+    n = 4
+    reading = TokenReading(
+        logprob=-torch.arange(n).float(),
+        entropy=torch.zeros(n),
+        varentropy=torch.tensor([torch.nan, 2.0, torch.nan, 5.0]),
+        max_probability=torch.tensor([torch.nan, 0.5, torch.nan, 0.25]),
+        present=torch.ones(n, dtype=torch.bool),
+        weight=torch.ones(n),
+        distribution_weight=torch.tensor([0.0, 1.0, 0.0, 3.0]),
+        position=torch.zeros(n, dtype=torch.long),
+        sequence=torch.zeros(n, dtype=torch.long),
+        token_id=torch.zeros(n, dtype=torch.long),
+        key=torch.zeros(n),
+        sequence_tokens=torch.tensor([n]),
+        vocabulary=5,
+    )
+    found = measured(reading)
+    assert found["varentropy/token/mean"] == (2.0 + 3 * 5.0) / 4
+    assert found["probability/max/mean"] == (0.5 + 3 * 0.25) / 4
+    assert found["surprisal/token/mean"] == 1.5

@@ -2,15 +2,15 @@ import torch
 from readings import step
 
 from entropylens.diagnostics.training_vitals import TrainingVitals
-from entropylens.registry import StepReading
+from entropylens.registry import OptimizerReading, StepReading
 
 
 def rows(reading: StepReading) -> dict[tuple[str, str], float]:
     blocks, _ = TrainingVitals().measure(reading, None)
     found = {}
     for block in blocks:
-        modules = block.columns["module"] or [""] * len(block.columns["name"])
-        triples = zip(block.columns["name"], modules, block.columns["value"], strict=True)
+        values = block.columns["value"].values
+        triples = zip(block.columns["name"], block.columns["module"], values, strict=True)
         found.update({(name, module): float(value) for name, module, value in triples})
     return found
 
@@ -26,20 +26,38 @@ def test_what_is_known_is_written_in_its_unit() -> None:
     assert found["memory/device/allocated", ""] == 1.0
     assert found["memory/process/resident", ""] == 2.0
     assert found["overhead/fraction", ""] == 0.01
+    assert found["optimizer/skipped", ""] == 0.0
 
 
 def test_what_is_unknown_is_absent() -> None:
     assert rows(StepReading()) == {}
 
 
+def of(*optimizers: OptimizerReading) -> dict[tuple[str, str], float]:
+    return rows(StepReading(optimizers=optimizers))
+
+
 def test_one_parameter_group_has_no_module() -> None:
-    assert rows(StepReading(learning_rates=[0.5])) == {("learning_rate", ""): 0.5}
+    assert of(OptimizerReading(learning_rates=[0.5])) == {("learning_rate", ""): 0.5}
+
+
+def test_several_optimisers_are_told_apart_and_so_are_their_groups() -> None:
+    generator = OptimizerReading(name="generator", loss=2.0, learning_rates=[0.5, 0.25], skipped=1)
+    critic = OptimizerReading(name="critic", learning_rates=[0.125], gradient_norm_before_clip=3.0)
+    assert of(generator, critic) == {
+        ("loss/mean", "generator"): 2.0,
+        ("learning_rate", "generator/0"): 0.5,
+        ("learning_rate", "generator/1"): 0.25,
+        ("optimizer/skipped", "generator"): 1.0,
+        ("learning_rate", "critic"): 0.125,
+        ("gradient/norm/before_clip", "critic"): 3.0,
+    }
 
 
 def test_a_rate_that_is_a_tensor_is_not_read_on_the_host() -> None:
-    rates: list[torch.Tensor | float] = [torch.tensor(0.5), 0.25]
-    found = rows(StepReading(learning_rates=rates))
+    found = of(OptimizerReading(learning_rates=[torch.tensor(0.5), 0.25]))
     assert found == {("learning_rate", "0"): 0.5, ("learning_rate", "1"): 0.25}
-    device = StepReading(learning_rates=[torch.tensor(0.5, device="meta")])
+    rate = torch.tensor(0.5, device="meta")
+    device = StepReading(optimizers=[OptimizerReading(learning_rates=[rate])])
     (block,), _ = TrainingVitals().measure(device, None)
-    assert block.columns["value"].device.type == "meta"
+    assert block.columns["value"].values[0].device.type == "meta"

@@ -1,0 +1,86 @@
+"""The output head of a language model, for those whose logits are never built."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Head", "backbone_of", "bare", "head_of", "vocabulary_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Logits are ``cap(scale * (hidden @ weight.T + bias))``, with ``cap(u) = c tanh(u / c)``."""
+
+    weight: Tensor
+    """``[V, d]``"""
+    bias: Tensor | None = None
+    """``[V]``"""
+    soft_cap: float | None = None
+    """c, as in Gemma 2; None is no cap."""
+    logit_scale: float = 1.0
+
+
+def bare(model: nn.Module) -> Any:
+    """The model within what parallel training, `torch.compile` and PEFT wrap around it."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return bare(model.module)
+    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+        return bare(compiled)
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The module under the head, whose output has ``last_hidden_state``; None if it has none."""
+    base = bare(model)
+    found = getattr(base, "base_model", None)
+    return found if isinstance(found, nn.Module) and found is not base else None
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """The head as it is now: trainers and adapters replace it on the way.
+
+    Returns:
+        None where the model names no head, or one that is sharded or quantised, which only its own
+        code can multiply with.
+    """
+    base = bare(model)
+    embeddings = getattr(base, "get_output_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        return None
+    if hasattr(weight, "placements"):
+        return None
+    bias, config = getattr(embeddings, "bias", None), _text_config(base)
+    return Head(
+        weight=weight.detach(),
+        bias=bias.detach() if isinstance(bias, Tensor) else None,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=_logit_scale(config),
+    )
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Number of classes by the model's configuration; 0 where it does not say."""
+    return int(getattr(_text_config(bare(model)), "vocab_size", 0) or 0)
+
+
+def _text_config(base: Any) -> Any:
+    config = getattr(base, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return config if text is None else text()
+
+
+def _logit_scale(config: Any) -> float:
+    """What the family multiplies its logits with before the cap; each has its own word for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return float(scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # Granite and MiniCPM divide by it, HyperCLOVA X multiplies.
+    is_factor = getattr(config, "model_type", "") == "hyperclovax"
+    return float(scaling) if is_factor else 1.0 / float(scaling)

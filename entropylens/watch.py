@@ -1,0 +1,308 @@
+"""`Watch`: what a model and its optimisers show from one optimiser step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import time
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from entropylens.capture.criterion import CriterionTap
+from entropylens.capture.device import allocated_bytes, resident_bytes
+from entropylens.capture.forward import Forward, ModelTap
+from entropylens.capture.micro_batches import MicroBatches, identifiers
+from entropylens.capture.optimizer import OptimizerTap
+from entropylens.capture.tokens import LogitTokens, TokenSource
+from entropylens.records import Phase
+from entropylens.registry import Block, GradientReading, OptimizerReading, StepReading
+from entropylens.session import Session
+from entropylens.transfer import Stamp
+
+__all__ = ["Watch"]
+
+_LEAST_ROWS: Final = 16
+_MOST_UNSEEN: Final = 1000
+"""Steps without a call of the optimiser, before its first, that are remembered as skipped."""
+
+
+class Watch:
+    """Gathers what taps and the loop show of a step, and has it measured when the step ends.
+
+    Args:
+        session: Of the run.
+        device: Where the model lives.
+        temperature: At which the loss reads the logits.
+        seed: Of the choice of rows; in each step it is drawn anew from seed and step, so that a
+            resumed run chooses as an uninterrupted one.
+    """
+
+    def __init__(
+        self, session: Session, device: torch.device, *, temperature: float, seed: int
+    ) -> None:
+        self.reads_loss = True
+        """Whether losses in the model's output are taken: until one is shown by hand."""
+        self.next_sample_ids: Sequence[Any] | None = None
+        self.next_labels: Tensor | None = None
+        self.phase = Phase.TRAIN
+        self.tokens_seen: Tensor | None = torch.tensor(0)
+        """Scored tokens since the run began; None once a step was not counted."""
+        self._session, self._device = session, device
+        self._temperature, self._seed = temperature, seed
+        self._taps: list[ModelTap | CriterionTap] = []
+        self._optimizers: dict[str, OptimizerTap] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seeded: set[torch.device] = set()
+        self._unseen: dict[str, list[Stamp]] = {}
+        self._micro_batches = 1
+        self._gradient_norms: dict[str, Tensor | float] = {}
+        self._is_shown = False
+        self._number = 0
+        self._open = MicroBatches()
+
+    # -- taps --------------------------------------------------------------------------------
+
+    def tap(self, module: nn.Module) -> None:
+        """Read a module's training forwards: a model, or a `torch.nn.CrossEntropyLoss`."""
+        if isinstance(module, nn.CrossEntropyLoss):
+            self._taps.append(CriterionTap(module, self, self._session.aside))
+        else:
+            self._taps.append(ModelTap(module, self, self._session.aside))
+
+    def tap_optimizers(
+        self, optimizers: Mapping[str, Optimizer], parameter_names: dict[int, str]
+    ) -> None:
+        """Read optimisers' steps, by their names in the log."""
+        for name, optimizer in optimizers.items():
+            tap = OptimizerTap(optimizer, self, parameter_names, self._session.aside, name)
+            self._optimizers[name] = tap
+
+    def remove(self) -> None:
+        """Take all hooks out."""
+        for tap in [*self._taps, *self._optimizers.values()]:
+            tap.remove()
+        self._taps.clear()
+        self._optimizers.clear()
+
+    # -- what taps and trainers tell ---------------------------------------------------------
+
+    @property
+    def due(self) -> Mapping[str, Any]:
+        """What diagnostics that are due in the step in progress read; empty if none is."""
+        return self._session.due
+
+    def take(self, reads: str, reading: Any) -> None:
+        """Measure a reading of the step in progress."""
+        self._session.measure(reads, lambda: reading)
+
+    def take_forward(self, forward: Forward) -> None:
+        """Take a training forward that a tap saw, unless the loop shows its own logits."""
+        if self._is_shown or self.phase is not Phase.TRAIN:
+            return
+        if self.reads_loss and forward.loss is not None and "step" in self.due:
+            self._open.add_loss(forward.loss, is_sum=forward.loss_is_sum)
+        if forward.tokens is not None:
+            ids, self.next_sample_ids, self.next_labels = self.next_sample_ids, None, None
+            self._take_tokens(forward.tokens, ids)
+
+    def take_gradient_norm(self, norm: Tensor | float | None, optimizer: str = "") -> None:
+        """Remember an optimiser's norm before clipping."""
+        if norm is not None and "step" in self.due:
+            self._gradient_norms[optimizer] = norm
+
+    def take_gradients(self, optimizer: str = "") -> None:
+        """Measure an optimiser's gradients as they are now, before clipping."""
+        tap = self._optimizers.get(optimizer)
+        if tap is None or "gradients" not in self.due:
+            return
+        gradients = tap.gradients()
+        if gradients:
+            reading = GradientReading(gradients=gradients, optimizer=optimizer, clipped=False)
+            self.take("gradients", reading)
+
+    def expect_step(self, optimizer: str = "") -> None:
+        """The trainer is about to have an optimiser step; a gradient scaler may prevent it."""
+        tap = self._optimizers.get(optimizer)
+        if tap is not None:
+            tap.is_expected = True
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether an optimiser was called, or expected to be, in the step in progress."""
+        return any(tap.calls or tap.is_expected for tap in self._optimizers.values())
+
+    # -- what the loop shows -----------------------------------------------------------------
+
+    def observe(
+        self,
+        logits: Tensor | None,
+        targets: Tensor | None,
+        mask: Tensor | None,
+        loss: Tensor | None,
+        sample_id: Sequence[Any] | Tensor | None,
+        shift: bool,
+        loss_is_sum: bool,
+        optimizer: str,
+    ) -> None:
+        """Take one micro-batch shown by hand; arguments as of `Lens.observe`."""
+        if (logits is None) != (targets is None):
+            given, missing = ("logits", "targets") if targets is None else ("targets", "logits")
+            raise ValueError(f"Lens.observe: expected logits and targets together, got {given} "
+                             f"without {missing}")  # fmt: skip
+        if loss is not None:
+            self._show_loss(loss, loss_is_sum, optimizer)
+        if logits is None or targets is None:
+            self._open.name_last(identifiers(sample_id))
+            return
+        if not self._is_shown:
+            self._is_shown = True
+            self._open.drop_tokens()
+        if shift:
+            if logits.ndim != 3 or targets.ndim != 2:
+                raise ValueError(
+                    f"Lens.observe: expected logits [B, T, V] and targets [B, T] to shift, got "
+                    f"shapes {tuple(logits.shape)} and {tuple(targets.shape)}"
+                )
+            logits, targets = logits[:, :-1], targets[:, 1:]
+            mask = None if mask is None else mask[:, 1:]
+        self._take_tokens(LogitTokens.of(logits.detach(), targets.detach(), mask), sample_id)
+
+    def _show_loss(self, loss: Tensor, is_sum: bool, optimizer: str) -> None:
+        if self.reads_loss:
+            self.reads_loss = False
+            self._open.losses.clear()
+        if "step" in self.due:
+            self._open.add_loss(loss, is_sum=is_sum, optimizer=optimizer)
+
+    def _take_tokens(self, source: TokenSource, sample_id: Sequence[Any] | Tensor | None) -> None:
+        ids = identifiers(sample_id)
+        self._session.clock.start()
+        self._open.count(source)
+        if "tokens" in self.due:
+            rows = self._session.budget.rows
+            if rows is not None:
+                rows = max(rows // self._micro_batches, _LEAST_ROWS)
+            generator = self._generator(source.grid.present.device)
+            self._open.measure(
+                source, ids, rows=rows, generator=generator, temperature=self._temperature
+            )
+        self._session.clock.stop()
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        if device not in self._seeded:
+            self._seeded.add(device)
+            self._generators[device].manual_seed((self._seed + self._number) % (1 << 63))
+        return self._generators[device]
+
+    # -- the end of a step -------------------------------------------------------------------
+
+    def begin(self, number: int) -> None:
+        """Begin an optimiser step."""
+        self._session.begin_step(number)
+        self._open = MicroBatches()
+        self.next_sample_ids = self.next_labels = None
+        self._restart(number)
+
+    def pass_step(self, number: int) -> None:
+        """End a step in which nothing was due: nothing was gathered."""
+        self.tokens_seen = None
+        self._restart(number + 1)
+
+    def _restart(self, number: int) -> None:
+        self._number = number
+        self._seeded.clear()
+        self._gradient_norms.clear()
+        for tap in self._optimizers.values():
+            tap.begin_step()
+
+    def end(
+        self,
+        stamp: Stamp,
+        loss: Tensor | float | None,
+        gradient_norm: Tensor | float | None,
+        seconds: float,
+    ) -> None:
+        """Measure what the step in progress gathered."""
+        opened, session = self._open, self._session
+        try:
+            self._note_skipped(stamp)
+            if not session.due:
+                self.tokens_seen = None
+            elif opened.tokens is not None and self.tokens_seen is not None:
+                self.tokens_seen = self.tokens_seen + opened.tokens
+            if opened.measured:
+                self._micro_batches = opened.measured
+                session.measure("tokens", opened.reading)
+            self.take_gradient_norm(gradient_norm)
+            session.measure("step", lambda: self._step_reading(loss, seconds))
+        finally:
+            session.end_step(stamp, opened.slots)
+
+    def _note_skipped(self, stamp: Stamp) -> None:
+        """Steps before an optimiser's first call were skipped, if that call comes at all."""
+        taps = self._optimizers
+        if len(taps) == 1:
+            next(iter(taps.values())).is_expected = True
+        for name, tap in taps.items():
+            unseen = self._unseen.setdefault(name, [])
+            if tap.was_called:
+                for earlier in unseen:
+                    rows = {"name": ["optimizer/skipped"], "module": name, "value": [1.0]}
+                    self._session.add(Block("metrics", rows), earlier)
+                unseen.clear()
+            elif tap.is_expected and len(unseen) < _MOST_UNSEEN:
+                unseen.append(stamp)
+
+    def _step_reading(self, loss: Tensor | float | None, seconds: float) -> StepReading:
+        opened, session = self._open, self._session
+        if loss is None:
+            loss = opened.loss()
+        overhead, session.overhead = session.overhead, None
+        reviewed = overhead is not None
+        names = dict.fromkeys([*self._optimizers, *opened.losses, *self._gradient_norms])
+        return StepReading(
+            loss=self._whole("loss", loss),
+            optimizers=[self._optimizer_reading(name) for name in names],
+            tokens=opened.tokens,
+            tokens_seen=None if opened.tokens is None else self.tokens_seen,
+            seconds=seconds,
+            device_memory=allocated_bytes(self._device) if reviewed else None,
+            resident_memory=resident_bytes() if reviewed else None,
+            overhead=overhead,
+            rows=session.budget.rows if reviewed else None,
+            widening=session.budget.widening if reviewed else None,
+        )
+
+    def _optimizer_reading(self, name: str) -> OptimizerReading:
+        tap = self._optimizers.get(name)
+        return OptimizerReading(
+            name=name,
+            loss=self._whole("loss", self._open.loss(name)) if name else None,
+            learning_rates=() if tap is None else tap.rates,
+            gradient_norm_before_clip=self._whole("gradient norm", self._gradient_norms.get(name)),
+            skipped=None if tap is None else tap.skipped(),
+        )
+
+    def _whole(self, what: str, value: Tensor | float | None) -> Tensor | float | None:
+        """A copy of a number; a distributed one only where every rank has the whole of it."""
+        if not isinstance(value, Tensor):
+            return value
+        if not hasattr(value, "full_tensor"):
+            return value.detach().clone()
+        placements, local = getattr(value, "placements", ()), getattr(value, "to_local", None)
+        if local is not None and all(placement.is_replicate() for placement in placements):
+            return local().detach().clone()
+        error = TypeError(
+            f"expected one that this rank knows, got a {type(value).__name__} {placements}; pass "
+            f"its full_tensor(), on every rank"
+        )
+        self._session.writer.fault(what, error)
+        return None
+
+    def stamp(self, step: int, phase: str | None = None) -> Stamp:
+        """A stamp of this moment."""
+        return Stamp(step, time(), phase or self.phase)
