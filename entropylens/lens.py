@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from entropylens.budget import MAX_OVERHEAD, Budget
 from entropylens.capture.optimizer import named_optimizers
+from entropylens.errors import EntropyLensError
 from entropylens.meeting import rank_and_world, run_dir_of_rank_zero
 from entropylens.records import Phase, check_metric_name
 from entropylens.registry import Block, Scalars, resolve_schedules
@@ -71,8 +72,10 @@ class Lens:
             whose whole distribution is looked at.
         resume_step: Continue an existing run after this optimiser step: what it logged beyond is
             moved to ``superseded/``.
-        state: What `state_dict` gave at a checkpoint: continue after its step, in the directory it
-            names if that run is still there, else in ``run_dir``.
+        state: What `state_dict` gave at a checkpoint, instead of ``resume_step``: continue after
+            its step the run that it belongs to, if that is in ``run_dir`` or in the ``NAME-2`` that
+            was taken for it. With another ``run_dir`` a new run begins at that step, and the
+            first one stays as it is.
         name: Shown for the run; by default the directory's name.
         config: The run's own settings, kept in the manifest.
         decode: Token id to text for the tokens table; called on the training thread, once per id.
@@ -135,22 +138,30 @@ class Lens:
             "optimizer": ", ".join(type(one).__name__ for one in optimizers.values()) or None,
             "user": dict(config or {}),
         }
+        asked, start = Path(run_dir), 0
         if state is not None:
-            run_dir = _run_of(state) or run_dir
-            resume_step = int(state["step"]) if resume_step is None else resume_step
+            start, place = int(state["step"]), _place_of(state, asked)
+            run_dir, resume_step = (asked, None) if place is None else (place, start)
         writer = _open_writer(
-            run_dir, rank, world_size, resume_step=resume_step, name=name, config=settings
+            run_dir,
+            rank,
+            world_size,
+            resume_step=resume_step,
+            start_step=start,
+            name=name,
+            config=settings,
         )
+        self._asked = asked.absolute()
         device = _device_of(model)
         self._session = Session(writer, schedules, budget, device, decode)
         self.watch = Watch(
             self._session, device, temperature=temperature, seed=seed + 1_000_003 * writer.rank
         )
         """For adapters: what trainers tell that a loop has no words for."""
-        self._step = resume_step or 0
+        self._step = start if resume_step is None else resume_step
         with ExitStack() as undo:
             undo.callback(self.close, "failed", "Lens could not be attached")
-            self._restore(writer, state, resume_step)
+            self._restore(writer, state)
             for module in ([model] if model is not None else []) if reads is None else reads:
                 self.watch.tap(module)
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
@@ -290,6 +301,15 @@ class Lens:
         self._session.budget.pause(now - self._mark)
         self._mark = now
 
+    def aside(self, where: str, work: Callable[[], Any]) -> None:
+        """Run an adapter's own work so that neither its errors nor its time escape unseen.
+
+        Args:
+            where: Names the fault's cause.
+            work: Runs without gradients.
+        """
+        self._session.aside(where, work)
+
     def forward(self, *patterns: str) -> None:
         """Keep the newest values of these metrics for `take_latest`; ``*`` stands for any text."""
         self._session.forward(patterns)
@@ -316,6 +336,7 @@ class Lens:
         seen = self.watch.tokens_seen
         return {
             "step": self._step,
+            "asked": str(self._asked),
             "run_dir": str(self.run_dir.absolute()),
             "run_id": self._session.writer.run_id,
             "tokens_seen": None if seen is None else int(seen),
@@ -357,14 +378,12 @@ class Lens:
         known = value.detach().clone().reshape(1) if isinstance(value, Tensor) else float(value)
         self._session.add(Block.metrics([name], Scalars([known])), stamp)
 
-    def _restore(
-        self, writer: RunWriter, state: Mapping[str, Any] | None, resume_step: int | None
-    ) -> None:
+    def _restore(self, writer: RunWriter, state: Mapping[str, Any] | None) -> None:
         if state is not None:
             self._session.load_state_dict(state)
-        if resume_step:
-            seen = _tokens_seen(writer, resume_step)
-            if seen is None and state is not None and state["step"] == resume_step:
+        if self._step:
+            seen = _tokens_seen(writer, self._step)
+            if seen is None and state is not None:
                 seen = state.get("tokens_seen")
             self.watch.tokens_seen = None if seen is None else torch.tensor(seen)
 
@@ -381,13 +400,21 @@ def _open_writer(
     return writer
 
 
-def _run_of(state: Mapping[str, Any]) -> Path | None:
-    """The directory of the run that a checkpoint belongs to, if that run is there."""
-    place = Path(state.get("run_dir", ""))
-    try:
-        return place if load_manifest(place)["run_id"] == state.get("run_id") else None
-    except Exception:
-        return None
+def _place_of(state: Mapping[str, Any], asked: Path) -> Path | None:
+    """Where the run of a checkpoint is, if that is what ``asked`` means; None asks for a new one.
+
+    A directory that was moved together with its checkpoints is found where it is asked for.
+    """
+    places = [asked]
+    if str(asked.absolute()) == state.get("asked"):
+        places.append(Path(state.get("run_dir", asked)))
+    for place in places:
+        try:
+            if load_manifest(place)["run_id"] == state.get("run_id"):
+                return place
+        except EntropyLensError:
+            continue
+    return None
 
 
 def _tokens_seen(writer: RunWriter, step: int) -> int | None:

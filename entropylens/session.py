@@ -112,7 +112,7 @@ class Session:
 
     # -- guarded work ------------------------------------------------------------------------
 
-    def aside(self, where: str, work: Callable[[], None], *, raises: bool = False) -> None:
+    def aside(self, where: str, work: Callable[[], Any], *, raises: bool = False) -> None:
         """Run ``work`` so that neither its errors nor its time escape unseen.
 
         Args:

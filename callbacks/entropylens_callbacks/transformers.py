@@ -1,40 +1,75 @@
-"""Hugging Face Trainer: `attach` a Lens to a trainer, or pass `EntropyLensCallback` to it."""
+"""Hugging Face Trainer and TRL: `attach`, ``report_to="entropylens"`` or `EntropyLensCallback`."""
 
 import functools
-import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from torch.utils.data import IterableDataset
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
 
 import entropylens as el
+from entropylens_callbacks import HEADLINES, is_number, loggable
+from entropylens_callbacks.samples import name_samples, take_names, without_names
 
 __all__ = ["EntropyLensCallback", "attach"]
 
-SAMPLE_ID: Final = "entropylens_sample_id"
+_STATE_FILE: Final = "entropylens-rank-{rank:03d}.pt"
 
 
 class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
     """Watches `Trainer.train` and writes a run directory.
 
     A new Lens is opened by each call of `train`: at step 0 a new run, after
-    ``resume_from_checkpoint`` the same run from the checkpoint's step on.
+    ``resume_from_checkpoint`` the run that the checkpoint belongs to, from its step on. Checkpoints
+    carry a small file of ours for each rank.
 
-    On its own it sees what the callback protocol shows. `attach` also shows it the gradient norm
-    before clipping at every step, custom losses, sample identifiers and exceptions.
+    Three ways in do the same: `attach`, this callback in ``callbacks=``, and, once this module has
+    been imported, ``TrainingArguments(report_to="entropylens")``.
 
     Args:
         run_dir: Where the log goes; by default ``<output_dir>/entropylens``.
+        sample_id: Names the samples in the log: a column of the training set, or ``"index"`` for
+            the row number. None leaves samples numbered within their step.
+        forward: Metrics to pass on to the trainer's other loggers as ``entropylens/NAME``, ``*``
+            standing for any text.
         **lens: Other arguments of `entropylens.Lens`: ``preset``, ``max_overhead``, ...
+
+    Raises:
+        ValueError: When it joins a trainer: its training set has no such column.
     """
 
-    def __init__(self, run_dir: str | Path | None = None, **lens: Any) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path | None = None,
+        *,
+        sample_id: str | None = None,
+        forward: Sequence[str] = HEADLINES,
+        **lens: Any,
+    ) -> None:
         self.run_dir = run_dir
         self.options = lens
         self.lens: el.Lens | None = None
         self.trainer: Trainer | None = None
+        self._sample_id, self._forward = sample_id, tuple(forward)
+        self._resumes_from: str | None = None
+
+    def join(self, trainer: Trainer) -> None:
+        """Take the first place among a trainer's callbacks, and see its losses and its clipping."""
+        self.trainer = trainer
+        if self._sample_id is not None:
+            name_samples(trainer, self._sample_id)
+        callbacks = trainer.callback_handler.callbacks
+        # What is added to a log reaches only the callbacks behind.
+        callbacks[:] = [self, *(c for c in callbacks if c is not self)]
+        trainer.compute_loss = _watched_loss(trainer.compute_loss, self)
+        trainer.prediction_step = without_names(trainer.prediction_step)
+        trainer.accelerator.clip_grad_norm_ = _watched_clipping(
+            trainer.accelerator.clip_grad_norm_, self
+        )
+        trainer.train = _watched_training(trainer.train, self)
 
     def close(self, state: str = "finished", reason: str = "") -> None:
         """End the run's log and take the hooks out of the model and the optimiser."""
@@ -42,35 +77,52 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             self.lens.close(state, reason)
             self.lens = None
 
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Join the trainer that is being made."""
+        self._join_caller()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run and hook model and optimiser."""
+        if self.trainer is None and self._sample_id is not None:
+            raise ValueError(
+                "EntropyLensCallback: expected to join the trainer before its data loaders are "
+                "made, to name samples, got one that trains already; use attach(trainer, "
+                "sample_id=...) or callbacks=[...]"
+            )
+        self._join_caller()
         self.close("terminated", "train was called again")
         decode = getattr(kwargs.get("processing_class"), "decode", None)
         text = {"decode": lambda token: decode([token])} if decode is not None else {}
+        found = _load_state(self._resumes_from or _checkpoint(args, state), state.global_step)
         self.lens = el.Lens(
             kwargs["model"],
             kwargs.get("optimizer"),
             run_dir=self.run_dir or Path(args.output_dir) / "entropylens",
-            resume_step=state.global_step or None,
+            state=found,
+            resume_step=state.global_step if found is None and state.global_step else None,
             **{"config": args.to_sanitized_dict(), **text, **self.options},
         )
         self.lens.watch.reads_loss = self.trainer is None
+        self.lens.forward(*self._forward)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Measure the optimiser step that just ended."""
         if self.lens is not None:
             self.lens.step(step=args[1].global_step)
 
-    def on_log(self, *args: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keep what the trainer reports beside our own numbers."""
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Keep what the trainer reports beside our numbers, and add ours for its other loggers."""
         if self.lens is None or not logs:
             return
         train = {name: value for name, value in logs.items() if not name.startswith("eval_")}
-        self.lens.log(_loggable(train), source="framework")
-        if self.trainer is None and _is_number(logs.get("grad_norm")):
+        self.lens.log(loggable(train), source="framework")
+        if self.trainer is None and is_number(logs.get("grad_norm")):
             self.lens.log({"norm/before_clip": logs["grad_norm"]}, source="gradient")
+        if "loss" in logs:
+            ours = self.lens.take_latest()
+            logs.update({f"entropylens/{name}": value for name, value in ours.items()})
 
     def on_evaluate(self, *args: Any, metrics: Mapping[str, Any], **kwargs: Any) -> None:
         """Write the evaluation's metrics with phase eval; its time is no step's time."""
@@ -78,19 +130,31 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             return
         named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         loss = named.pop("loss", None)
-        if _is_number(loss):
+        if is_number(loss):
             self.lens.log({"mean": loss}, source="loss", phase="eval")
-        self.lens.log(_loggable(named), source="framework", phase="eval")
+        self.lens.log(loggable(named), source="framework", phase="eval")
         self.lens.restart_clock()
 
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the checkpoint's time out of the next step's."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Put our state into the checkpoint, whose time is no step's time."""
         if self.lens is not None:
+            self.lens.aside("checkpoint", lambda: self._save_state(_checkpoint(args, state)))
             self.lens.restart_clock()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Seal the log."""
         self.close()
+
+    def _join_caller(self) -> None:
+        trainer = _calling_trainer() if self.trainer is None else None
+        if trainer is not None:
+            _refuse_second(trainer, self)
+            self.join(trainer)
+
+    def _save_state(self, checkpoint: str) -> None:
+        assert self.lens is not None
+        if Path(checkpoint).is_dir():
+            torch.save(self.lens.state_dict(), _state_file(checkpoint))
 
 
 def attach(
@@ -98,15 +162,18 @@ def attach(
     run_dir: str | Path | None = None,
     *,
     sample_id: str | None = None,
+    forward: Sequence[str] = HEADLINES,
     **lens: Any,
 ) -> EntropyLensCallback:
     """Let a Lens watch ``trainer``: one line before ``trainer.train()``.
 
     Args:
-        trainer: A `transformers.Trainer` or a subclass.
+        trainer: A `transformers.Trainer` or a subclass, as those of TRL.
         run_dir: Where the log goes; by default ``<output_dir>/entropylens``.
         sample_id: Names the samples in the log: a column of the training set, or ``"index"`` for
             the row number. None leaves samples numbered within their step.
+        forward: Metrics to pass on to the trainer's other loggers as ``entropylens/NAME``, ``*``
+            standing for any text.
         **lens: Other arguments of `entropylens.Lens`: ``preset``, ``max_overhead``, ...
 
     Returns:
@@ -115,32 +182,42 @@ def attach(
     Raises:
         ValueError: The trainer has one already, or its training set has no such column.
     """
-    if any(isinstance(c, EntropyLensCallback) for c in trainer.callback_handler.callbacks):
+    callback = EntropyLensCallback(run_dir, sample_id=sample_id, forward=forward, **lens)
+    _refuse_second(trainer, callback)
+    callback.join(trainer)
+    return callback
+
+
+def _refuse_second(trainer: Trainer, callback: EntropyLensCallback) -> None:
+    others = trainer.callback_handler.callbacks
+    if any(isinstance(c, EntropyLensCallback) and c is not callback for c in others):
         raise ValueError(
             "attach: expected a trainer without an EntropyLensCallback, got one that has it; "
-            "attach once, or leave it out of callbacks="
+            "attach once, or leave it out of callbacks= and report_to="
         )
-    if sample_id is not None:
-        _name_samples(trainer, sample_id)
-    callback = EntropyLensCallback(run_dir, **lens)
-    callback.trainer = trainer
-    trainer.callback_handler.callbacks.insert(0, callback)
-    trainer.compute_loss = _watched_loss(trainer.compute_loss, callback)
-    trainer.prediction_step = _without_names(trainer.prediction_step)
-    trainer.accelerator.clip_grad_norm_ = _watched_clipping(
-        trainer.accelerator.clip_grad_norm_, callback
-    )
-    trainer.train = _watched_training(trainer.train, callback)
-    return callback
+
+
+def _calling_trainer() -> Trainer | None:
+    """The trainer that is sending an event; the event itself names the model, never the trainer."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+# -- what is wrapped on one trainer ----------------------------------------------------------------
 
 
 def _watched_loss(compute_loss: Callable[..., Any], callback: EntropyLensCallback) -> Any:
     @functools.wraps(compute_loss)
     def watched(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids, lens = _without_name(inputs), callback.lens
-        if lens is None or not model.training:
+        names, lens = take_names(inputs), callback.lens
+        if lens is None or not model.training or not lens.watch.due:
             return compute_loss(model, inputs, *args, **kwargs)
-        lens.watch.next_sample_ids = ids
+        lens.watch.next_sample_ids = names
         # Label smoothing and a loss function of the user's own keep the labels from the model.
         lens.watch.next_labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         result = compute_loss(model, inputs, *args, **kwargs)
@@ -162,20 +239,6 @@ def _is_share(trainer: Trainer | None, has_items: bool) -> bool:
     return (takes_items and has_items) or getattr(trainer, "compute_loss_func", None) is not None
 
 
-def _without_name(inputs: Any) -> Any:
-    """Take the samples' identifiers out of a batch; None where it has none."""
-    return inputs.pop(SAMPLE_ID, None) if isinstance(inputs, MutableMapping) else None
-
-
-def _without_names(prediction_step: Callable[..., Any]) -> Any:
-    @functools.wraps(prediction_step)
-    def unnamed(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        _without_name(inputs)
-        return prediction_step(model, inputs, *args, **kwargs)
-
-    return unnamed
-
-
 def _watched_clipping(clip: Callable[..., Any], callback: EntropyLensCallback) -> Any:
     @functools.wraps(clip)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -190,6 +253,8 @@ def _watched_clipping(clip: Callable[..., Any], callback: EntropyLensCallback) -
 def _watched_training(train: Callable[..., Any], callback: EntropyLensCallback) -> Any:
     @functools.wraps(train)
     def watched(*args: Any, **kwargs: Any) -> Any:
+        asked = args[0] if args else kwargs.get("resume_from_checkpoint")
+        callback._resumes_from = str(asked) if isinstance(asked, str | Path) else None
         try:
             return train(*args, **kwargs)
         except BaseException as error:
@@ -200,93 +265,27 @@ def _watched_training(train: Callable[..., Any], callback: EntropyLensCallback) 
     return watched
 
 
-def _name_samples(trainer: Trainer, column: str) -> None:
-    """Carry an identifier of each sample from the training set to `compute_loss`."""
-    dataset: Any = trainer.train_dataset
-    source = _Named(dataset, column)
-    source.check()
-    trainer.train_dataset = source
-    trainer.data_collator = _NamingCollator(trainer.data_collator)
-    # Columns that forward() does not take are dropped unless they are in this list.
-    trainer._set_signature_columns_if_needed()
-    trainer._signature_columns = [*trainer._signature_columns, SAMPLE_ID]
+# -- our part of a checkpoint ----------------------------------------------------------------------
 
 
-class _Named:
-    """A map-style dataset whose samples carry their identifier."""
-
-    def __init__(self, dataset: Any, column: str) -> None:
-        self.dataset, self.column = dataset, column
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "__getitems__"):
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._named(index, self.dataset[index])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        # A set that reads a whole batch at once also transforms it at once, maybe at random.
-        read = getattr(self.dataset, "__getitems__", None)
-        samples = [self.dataset[i] for i in indices] if read is None else read(indices)
-        return [self._named(i, sample) for i, sample in zip(indices, samples, strict=True)]
-
-    def _named(self, index: int, found: Mapping[str, Any]) -> dict[str, Any]:
-        sample = dict(found)
-        sample[SAMPLE_ID] = index if self.column == "index" else sample[self.column]
-        return sample
-
-    def check(self) -> None:
-        """Refuse a set without the column, before training starts."""
-        is_map = hasattr(self.dataset, "__getitem__") and hasattr(self.dataset, "__len__")
-        if not is_map or isinstance(self.dataset, IterableDataset):
-            raise ValueError(
-                f"attach: expected a map-style training set for sample_id={self.column!r}, got "
-                f"{type(self.dataset).__name__}"
-            )
-        first = self.dataset[0]
-        if not isinstance(first, Mapping):
-            raise ValueError(
-                f"attach: expected a training set of mappings for sample_id={self.column!r}, got "
-                f"samples of {type(first).__name__}"
-            )
-        if self.column != "index" and self.column not in first:
-            raise ValueError(
-                f"attach: expected sample_id to be 'index' or a column of the training set "
-                f"({', '.join(map(str, first))}), got {self.column!r}"
-            )
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    return str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-class _NamingCollator:
-    """Keeps identifiers, which may be text, away from the collator that makes tensors."""
-
-    def __init__(self, collator: Callable[..., Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        if not all(isinstance(sample, Mapping) and SAMPLE_ID in sample for sample in samples):
-            return self.collator(samples)
-        ids = [str(sample[SAMPLE_ID]) for sample in samples]
-        batch = self.collator(
-            [{k: v for k, v in sample.items() if k != SAMPLE_ID} for sample in samples]
-        )
-        if isinstance(batch, MutableMapping):
-            batch[SAMPLE_ID] = ids
-        return batch
+def _state_file(checkpoint: str) -> Path:
+    distributed = torch.distributed
+    known = distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if known else 0
+    return Path(checkpoint) / _STATE_FILE.format(rank=rank)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _load_state(checkpoint: str, step: int) -> dict[str, Any] | None:
+    """Our state at a step, if the checkpoint has it."""
+    path = _state_file(checkpoint)
+    if not step or not path.is_file():
+        return None
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found if found.get("step") == step else None
 
 
-def _loggable(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers only, under names that the log allows."""
-    named = {
-        re.sub(r"/+", "/", re.sub(r"[^a-z0-9_/]+", "_", name.lower())).strip("_/"): value
-        for name, value in values.items()
-    }
-    return {name: float(v) for name, v in named.items() if name and _is_number(v)}
+integration_utils.INTEGRATION_TO_CALLBACK["entropylens"] = EntropyLensCallback

@@ -71,7 +71,7 @@ def open_manifest(
     name: str,
     world_size: int,
     config: Mapping[str, Any] | None,
-    resume_step: int | None,
+    start_step: int,
 ) -> dict[str, Any]:
     """Begin an attempt: what an earlier one left is sealed, what it logged too much makes way.
 
@@ -83,24 +83,23 @@ def open_manifest(
     Raises:
         EntropyLensError: Rank 0 does not open the run, or its format is newer.
     """
-    step = resume_step or 0
     if rank > 0:
-        manifest = _wait_for_rank_zero(layout, step)
+        manifest = _wait_for_rank_zero(layout, start_step)
         if len(manifest["attempts"]) > 1:
-            rewind(layout, manifest["run_id"], rank, step)
+            rewind(layout, manifest["run_id"], rank, start_step)
         else:
             seal_abandoned(layout, manifest["run_id"], rank)
         return manifest
     if layout.manifest.exists():
         manifest = load_manifest(layout.root)
         repair(layout, manifest["run_id"])
-        rewind(layout, manifest["run_id"], rank, step)
-        _rewind_gone(layout, manifest["run_id"], world_size, step)
+        rewind(layout, manifest["run_id"], rank, start_step)
+        _rewind_gone(layout, manifest["run_id"], world_size, start_step)
         manifest["world_size"], manifest["config"] = world_size, dict(config or {})
     else:
         manifest = new_manifest(name, world_size, config)
         seal_abandoned(layout, manifest["run_id"], rank)
-    add_attempt(manifest, step, world_size)
+    add_attempt(manifest, start_step, world_size)
     save_manifest(layout, manifest)
     return manifest
 

@@ -51,6 +51,7 @@ class RunWriter:
         config: Kept in the manifest.
         resume_step: Continue the run after this optimiser step: rows beyond it are moved to
             ``superseded/``. Where there is no run yet, one is started.
+        start_step: Of a new run: the optimiser step it begins after.
         name: Shown for the run; by default the directory's name.
         flush_seconds: Longest time that a row waits before it is in a file.
         seal_seconds: Longest time that a row stays in a tail.
@@ -70,6 +71,7 @@ class RunWriter:
         world_size: int = 1,
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
+        start_step: int = 0,
         name: str | None = None,
         flush_seconds: float = 1.0,
         seal_seconds: float = 60.0,
@@ -77,7 +79,7 @@ class RunWriter:
         queue_rows: int = 1_000_000,
     ) -> None:
         self.rank = rank
-        self.step = resume_step or 0
+        self.step = start_step if resume_step is None else resume_step
         self.cpu_seconds = 0.0
         self.before_exit: Callable[[], None] | None = None
         """Called before the last rows are written because the process is told to end."""
@@ -97,7 +99,7 @@ class RunWriter:
         try:
             self._layout, self._claim = claim_place(root, rank, resume_step)
             try:
-                self._begin(name or root.name, world_size, config, resume_step)
+                self._begin(name or root.name, world_size, config)
             except BaseException:
                 self._claim.release()
                 raise
@@ -220,16 +222,14 @@ class RunWriter:
 
     # -- opening ---------------------------------------------------------------------------------
 
-    def _begin(
-        self, name: str, world_size: int, config: Mapping[str, Any] | None, resume: int | None
-    ) -> None:
+    def _begin(self, name: str, world_size: int, config: Mapping[str, Any] | None) -> None:
         self._manifest = open_manifest(
             self._layout,
             self.rank,
             name=name,
             world_size=world_size,
             config=config,
-            resume_step=resume,
+            start_step=self.step,
         )
         run_id, self.attempt = self._manifest["run_id"], len(self._manifest["attempts"]) - 1
         self._next_row = {t: covered_rows(self._layout, run_id, t, self.rank) for t in SCHEMAS}

@@ -16,13 +16,9 @@ from transformers import (
 )
 
 import entropylens as el
-from entropylens_callbacks.transformers import (
-    SAMPLE_ID,
-    EntropyLensCallback,
-    _loggable,
-    _NamingCollator,
-    attach,
-)
+from entropylens_callbacks import loggable
+from entropylens_callbacks.samples import SAMPLE_ID, _NamingCollator
+from entropylens_callbacks.transformers import EntropyLensCallback, attach
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -127,7 +123,10 @@ def run_of(found: Trainer, name: str = "entropylens") -> el.Run:
     return el.open_run(Path(found.args.output_dir) / name)
 
 
-def test_the_bare_callback_sees_what_the_protocol_shows(tmp_path: Path) -> None:
+def test_where_no_trainer_is_found_it_sees_what_the_protocol_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entropylens_callbacks.transformers._calling_trainer", lambda: None)
     callback = EntropyLensCallback(tmp_path / "run", preset="full", max_overhead=None)
     found = trainer(tmp_path, callbacks=[callback])
     found.train()
@@ -135,6 +134,36 @@ def test_the_bare_callback_sees_what_the_protocol_shows(tmp_path: Path) -> None:
     assert list(series(run, "loss/mean")) == [1, 2, 3, 4, 5, 6]
     assert set(series(run, "gradient/norm/before_clip")) == {2, 4, 6}
     assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-5)
+
+
+@pytest.mark.parametrize("way", ["callbacks", "report_to", "add_callback"])
+def test_every_way_in_finds_the_trainer_and_sees_the_same(tmp_path: Path, way: str) -> None:
+    options: dict[str, Any] = {"preset": "full", "max_overhead": None}
+    if way == "report_to":
+        found = trainer(tmp_path, report_to="entropylens")
+        (callback,) = (
+            c for c in found.callback_handler.callbacks if isinstance(c, EntropyLensCallback)
+        )
+        callback.options = options
+    elif way == "callbacks":
+        found = trainer(tmp_path, callbacks=[EntropyLensCallback(**options)])
+    else:
+        found = trainer(tmp_path)
+        found.add_callback(EntropyLensCallback(**options))
+    found.train()
+    run = run_of(found)
+    assert list(series(run, "gradient/norm/before_clip")) == [1, 2, 3, 4, 5, 6]
+    assert isinstance(found.callback_handler.callbacks[0], EntropyLensCallback)
+    assert run.status()[0].faults == {}
+    with pytest.raises(ValueError, match="attach once, or leave it out of callbacks= and report"):
+        attach(found)
+
+
+def test_joining_while_it_trains_is_too_late_for_names(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    found.add_callback(EntropyLensCallback(sample_id="name"))
+    with pytest.raises(ValueError, match=r"expected to join the trainer before .* use attach"):
+        found.train()
 
 
 def test_accumulated_micro_batches_are_one_step_with_the_trainers_loss(tmp_path: Path) -> None:
@@ -349,4 +378,4 @@ def test_samples_of_evaluation_reach_their_collator_as_they_are() -> None:
 
 
 def test_names_that_trainers_log_are_made_to_fit() -> None:
-    assert _loggable({"Eval//Acc @1": 1, "text": "x", "/": 2.0}) == {"eval/acc_1": 1.0}
+    assert loggable({"Eval//Acc @1": 1, "text": "x", "/": 2.0}) == {"eval/acc_1": 1.0}

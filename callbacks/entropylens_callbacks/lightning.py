@@ -1,0 +1,314 @@
+"""Lightning: `EntropyLensCallback` for ``Trainer(callbacks=[...])``."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+
+import entropylens as el
+from entropylens.capture.optimizer import unwrap_optimizer
+from entropylens.records import Phase
+from entropylens_callbacks import HEADLINES, is_number, loggable
+
+__all__ = ["EntropyLensCallback"]
+
+_EVALUATION: Final = re.compile(r"(^|[/_])(val|valid|validation|eval)([/_]|$)")
+
+
+class EntropyLensCallback(Callback):  # type: ignore[misc]
+    """Watches `Trainer.fit` and writes a run directory.
+
+    A step of the log is a batch in which an optimiser stepped: what Lightning's loggers count, from
+    1. Several optimisers (manual optimisation) share it; their values carry the names optimizer0,
+    optimizer1, ... in the column ``module``.
+
+    Entropy and its kin need logits and targets. They are read, in this order, from what
+    ``training_step`` returns as ``{"loss": ..., "logits": ..., "targets": ...}``; from the training
+    forwards of the module called ``module``; else of the one language model or classifier of
+    transformers with trainable parameters within the LightningModule; else from its
+    `torch.nn.CrossEntropyLoss` modules.
+
+    Args:
+        run_dir: Where the log goes; by default ``<default_root_dir>/entropylens``.
+        module: Name of the submodule whose forwards are read.
+        sample_id: Key of the batch that holds the samples' identifiers.
+        forward: Metrics to pass on to the Trainer's loggers as ``entropylens/NAME``, ``*`` standing
+            for any text.
+        is_fallback: Stand back where the Trainer has another EntropyLensCallback.
+        **lens: Other arguments of `entropylens.Lens`: ``preset``, ``max_overhead``, ...
+
+    Raises:
+        AttributeError: When training begins, there is no submodule ``module``.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path | None = None,
+        *,
+        module: str | None = None,
+        sample_id: str | None = None,
+        forward: Sequence[str] = HEADLINES,
+        is_fallback: bool = False,
+        **lens: Any,
+    ) -> None:
+        self.run_dir = run_dir
+        self.options = lens
+        self.lens: el.Lens | None = None
+        self._module, self._sample_id = module, sample_id
+        self._forward = tuple(forward)
+        self._is_fallback = is_fallback
+        self._state: Mapping[str, Any] | None = None
+        self._names: dict[int, str] = {}
+        self._losses: list[Tensor] = []
+        self._reported: _Reported | None = None
+
+    @property
+    def state_key(self) -> str:
+        """One for each of the two that a Trainer may have."""
+        return f"{type(self).__qualname__}{' (environment)' if self._is_fallback else ''}"
+
+    # -- a run -------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the run, or go on with it, and hook modules and optimisers."""
+        self._close(trainer, "terminated", "fit was called again")
+        others = [c for c in trainer.callbacks if isinstance(c, EntropyLensCallback)]
+        if self._is_fallback and others[0] is not self:
+            return
+        state, self._state = self._state, None
+        is_resumed = trainer.global_step > 0
+        optimizers = trainer.optimizers
+        reads = self._readable(pl_module)
+        self.lens = el.Lens(
+            pl_module,
+            optimizers,
+            run_dir=self.run_dir or Path(trainer.default_root_dir) / "entropylens",
+            state=state if is_resumed else None,
+            resume_step=_stepped(trainer) if is_resumed and state is None else None,
+            reads=reads,
+            **{"config": dict(pl_module.hparams), **_decoder(pl_module), **self.options},
+        )
+        several = len(optimizers) > 1
+        self._names = {id(o): f"optimizer{i}" if several else "" for i, o in enumerate(optimizers)}
+        self._losses = []
+        self.lens.watch.reads_loss = False
+        self.lens.forward(*self._forward)
+        if not reads:
+            self.lens.event("capture", _NOTHING_TO_READ, severity="warning")
+        if trainer.loggers:
+            self._reported = _Reported(self.lens, trainer)
+            trainer.loggers.append(self._reported)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seal the log."""
+        self._close(trainer, "finished", "")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Seal the log as failed."""
+        state = "failed" if isinstance(exception, Exception) else "terminated"
+        self._close(trainer, state, f"{type(exception).__name__}: {exception}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind, however the training ended."""
+        self._close(trainer, "terminated", "the trainer was torn down")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with; everything measured so far is then in files."""
+        return self.lens.state_dict() if self.lens is not None else dict(self._state or {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it for the training that begins next."""
+        self._state = state_dict or None
+
+    def _close(self, trainer: Trainer, state: str, reason: str) -> None:
+        if self._reported is not None and self._reported in trainer.loggers:
+            trainer.loggers.remove(self._reported)
+        if self.lens is not None:
+            # Called again, fit goes on where this Trainer stopped.
+            self._aside("state", self._keep_state)
+            self.lens.close(state, reason)
+        self.lens = self._reported = None
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Remember a loss of manual optimisation until its optimiser steps."""
+        if self.lens is None or pl_module.automatic_optimization or not self.lens.watch.due:
+            return
+        self._aside("loss", lambda: self._losses.append(_unscaled(trainer, loss)))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Tell the Lens which optimiser is about to step, its loss, its gradients before clipping."""
+        if self.lens is None:
+            return
+        name = self._names.get(id(unwrap_optimizer(_raw(optimizer))), "")
+        self.lens.watch.expect_step(name)
+        if self.lens.watch.due:
+            self._aside("before step", lambda: self._show_before_step(trainer, optimizer, name))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show a micro-batch and, where an optimiser stepped in it, measure the step."""
+        lens = self.lens
+        if lens is None:
+            return
+        if lens.watch.due:
+            self._aside("batch end", lambda: self._show_batch(pl_module, outputs, batch))
+        if lens.watch.has_stepped:
+            lens.step()
+            every = trainer.log_every_n_steps
+            if self._reported is not None and every and lens.last_step % every == 0:
+                self._aside("forward", lambda: self._pass_on(trainer, lens))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is seen from here is evaluation."""
+        if self.lens is not None:
+            self.lens.watch.phase = Phase.EVAL
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to training; the evaluation's time is no step's time."""
+        if self.lens is None:
+            return
+        if self._reported is None:
+            found = {n: v for n, v in trainer.callback_metrics.items() if _EVALUATION.search(n)}
+            self._aside("evaluation", lambda: _log_evaluation(self.lens, found))
+        self.lens.watch.phase = Phase.TRAIN
+        self.lens.restart_clock()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave the checkpoint's time out of the next step's."""
+        if self.lens is not None:
+            self.lens.restart_clock()
+
+    # -- within ------------------------------------------------------------------------------
+
+    def _aside(self, where: str, work: Callable[[], Any]) -> None:
+        if self.lens is not None:
+            self.lens.aside(where, work)
+
+    def _keep_state(self) -> None:
+        self._state = self.state_dict()
+
+    def _show_before_step(self, trainer: Trainer, optimizer: Any, name: str) -> None:
+        assert self.lens is not None
+        losses, self._losses = self._losses, []
+        for loss in losses:
+            self.lens.observe(loss=loss, loss_is_sum=True, optimizer=name)
+        raw = unwrap_optimizer(_raw(optimizer))
+        # An optimiser that unscales by itself has scaled gradients still.
+        is_scaled = getattr(raw, "_step_supports_amp_scaling", False)
+        if not (is_scaled and getattr(trainer.precision_plugin, "scaler", None)):
+            self.lens.watch.take_gradients(name)
+
+    def _show_batch(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        assert self.lens is not None
+        found = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
+        loss, logits, targets = (found.get(name) for name in ("loss", "logits", "targets"))
+        if isinstance(loss, Tensor) and pl_module.automatic_optimization:
+            # Lightning has divided it, at an epoch's end by more than there were micro-batches.
+            self.lens.observe(loss=loss * pl_module.trainer.accumulate_grad_batches)
+        shown = {}
+        if isinstance(logits, Tensor) and isinstance(targets, Tensor):
+            shown = {"logits": logits, "targets": targets, "mask": found.get("mask")}
+        ids = batch.get(self._sample_id) if self._sample_id and isinstance(batch, Mapping) else None
+        if shown or ids is not None:
+            self.lens.observe(sample_id=ids, **shown)
+
+    def _pass_on(self, trainer: Trainer, lens: el.Lens) -> None:
+        values = {f"entropylens/{n}": value for n, value in lens.take_latest().items()}
+        if values:
+            for logger in trainer.loggers:
+                if logger is not self._reported:
+                    logger.log_metrics(values, step=lens.last_step - 1)
+
+    def _readable(self, pl_module: LightningModule) -> list[nn.Module]:
+        if self._module is not None:
+            return [pl_module.get_submodule(self._module)]
+        models = _outermost_models(pl_module)
+        if models:
+            return models if len(models) == 1 else []
+        return [m for m in pl_module.modules() if isinstance(m, nn.CrossEntropyLoss)]
+
+
+_NOTHING_TO_READ: Final = (
+    "no module was found whose outputs can be read for token statistics: return 'logits' and "
+    "'targets' from training_step, or name the module with EntropyLensCallback(module=...)"
+)
+
+
+class _Reported(Logger):  # type: ignore[misc]
+    """Among the Trainer's loggers while it trains: what they are told is kept beside our numbers."""
+
+    def __init__(self, lens: el.Lens, trainer: Trainer) -> None:
+        super().__init__()
+        self._lens, self._trainer = lens, trainer
+
+    @property
+    def name(self) -> str:
+        return "entropylens"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._trainer.evaluating:
+            _log_evaluation(self._lens, metrics)
+        else:
+            self._lens.log(loggable(metrics), source="framework")
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _log_evaluation(lens: el.Lens | None, metrics: Mapping[str, Any]) -> None:
+    if lens is None:
+        return
+    loss = next((metrics[n] for n in ("val_loss", "val/loss") if is_number(metrics.get(n))), None)
+    if loss is not None:
+        lens.log({"mean": loss}, source="loss", phase="eval")
+    lens.log(loggable(metrics), source="framework", phase="eval")
+
+
+def _raw(optimizer: Any) -> Any:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
+    """A copy of a loss without the loss scale, which Lightning puts on before it shows it."""
+    scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)
+    return loss.detach() / scale if isinstance(scale, Tensor) else loss.detach().clone()
+
+
+def _stepped(trainer: Trainer) -> int:
+    """Batches in which an optimiser stepped so far, as Lightning counts them for its loggers."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _decoder(pl_module: LightningModule) -> dict[str, Any]:
+    decode = getattr(getattr(pl_module, "tokenizer", None), "decode", None)
+    return {} if decode is None else {"decode": lambda token: decode([token])}
+
+
+def _outermost_models(module: nn.Module) -> list[nn.Module]:
+    """Models of transformers, PEFT's wrappers included, that have parameters to train."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        is_model = hasattr(child, "get_output_embeddings") or hasattr(child, "get_base_model")
+        if is_model and any(p.requires_grad for p in child.parameters()):
+            found.append(child)
+        elif not is_model:
+            found += _outermost_models(child)
+    return found
