@@ -57,7 +57,8 @@ class Schedule:
         """The first measured step beyond step ``after``; None if there is none.
 
         Example:
-            >>> Schedule(every=4).next_due(0), Schedule(every=4).next_due(4), Schedule(0).next_due(4)
+            >>> fourth = Schedule(every=4)
+            >>> fourth.next_due(0), fourth.next_due(4), Schedule(0).next_due(4)
             (1, 8, None)
         """
         if self.every == 0:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -556,3 +557,268 @@ def test_shifting_what_has_no_positions_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"logits \[B, T, V\] and targets \[B, T\] to shift, got"),
     ):
         lens.step(shift=True, **zeros(3, 5))
+
+
+def classifier() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_several_optimisers_have_their_values_under_their_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(4, 4), nn.Linear(4, 1)
+    optimizers = {
+        "generator": torch.optim.SGD(generator.parameters(), lr=0.1),
+        "critic": torch.optim.SGD(critic.parameters(), lr=0.2),
+    }
+    with el.Lens(None, optimizers, run_dir=tmp_path / "run", preset="full") as lens:
+        for step in range(4):
+            for name, optimizer in optimizers.items():
+                loss = critic(generator(torch.ones(2, 4))).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                lens.observe(loss=loss, optimizer=name)
+                if name == "generator" or step % 2:
+                    optimizer.step()
+            lens.step()
+    run = el.open_run(tmp_path / "run")
+    rows = run.metrics("learning_rate").to_arrow().to_pylist()
+    assert {(row["module"], row["value"]) for row in rows} == {("generator", 0.1), ("critic", 0.2)}
+    steps = {name: run.metrics("gradient/norm/after_clip", name).to_arrow()["step"].to_pylist()
+             for name in optimizers}  # fmt: skip
+    assert steps == {"generator": [1, 2, 3, 4], "critic": [2, 4]}
+    assert len(run.metrics("loss/mean", "critic").to_arrow()) == 4
+    # One of several that was not called had no step to make: nothing was skipped.
+    assert set(run.metrics("optimizer/skipped").to_arrow()["value"].to_pylist()) == {0.0}
+    assert run.status()[0].faults == {}
+
+
+def test_steps_skipped_before_the_optimisers_first_call_are_told_afterwards(tmp_path: Path) -> None:
+    model, optimizer = classifier()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    bad = {1, 2, 5}
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run", preset="full") as lens:
+        for step in range(1, 7):
+            optimizer.zero_grad()
+            scaler.scale(
+                model(torch.ones(2, 4)).sum() * (torch.inf if step in bad else 1)
+            ).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            lens.step(1.0)
+    skipped = series(el.open_run(tmp_path / "run"), "optimizer/skipped")
+    assert skipped == {step: float(step in bad) for step in range(1, 7)}
+
+
+def test_without_any_call_of_the_optimiser_nothing_is_said_of_skips(tmp_path: Path) -> None:
+    model, optimizer = classifier()
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run") as lens:
+        for _ in range(3):
+            lens.step(1.0)
+    assert series(el.open_run(tmp_path / "run"), "optimizer/skipped") == {}
+
+
+def test_a_loss_module_can_be_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, criterion = nn.Conv1d(2, 5, 1), nn.CrossEntropyLoss(ignore_index=4)
+    inputs, targets = torch.randn(3, 2, 6), torch.randint(0, 5, (3, 6))
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full", reads=[criterion]) as lens:
+        loss = criterion(model(inputs), targets)
+        lens.step(loss)
+        with torch.no_grad():
+            criterion(model(inputs), targets)
+        lens.step()
+    run = el.open_run(tmp_path / "run")
+    logp = model(inputs).double().log_softmax(1).movedim(1, -1)[targets != 4]
+    entropy = -(logp.exp() * logp).sum(-1).mean().item()
+    assert series(run, "entropy/token/mean") == {1: pytest.approx(entropy, rel=1e-6)}
+    assert series(run, "surprisal/token/mean") == {1: pytest.approx(loss.item(), rel=1e-6)}
+    assert series(run, "tokens/step") == {1: float((targets != 4).sum())}
+    assert not criterion._forward_hooks
+    assert run.status()[0].faults == {}
+
+
+def test_a_loss_module_given_probabilities_has_no_classes_to_read(tmp_path: Path) -> None:
+    criterion = nn.CrossEntropyLoss()
+    with el.Lens(run_dir=tmp_path / "run", preset="full", reads=[criterion]) as lens:
+        criterion(input=torch.zeros(3, 5, requires_grad=True), target=torch.full((3, 5), 0.2))
+        lens.step(1.0)
+        criterion(torch.zeros(5, requires_grad=True), torch.tensor(3))
+        lens.step(1.0)
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "tokens/step") == {2: 1.0}
+    assert run.status()[0].faults == {}
+
+
+def test_quiet_steps_are_counted_and_what_is_due_is_measured_at_its_step(tmp_path: Path) -> None:
+    model, optimizer = classifier()
+    every = {"training_vitals": 7, "gradient_norm": 5}
+    off = {"token_entropy", "surprisal", "token_table", "sample_table", "update_norm"}
+    settings: dict[str, Any] = {
+        "diagnostics": {**every, **dict.fromkeys(off, False)},
+        "max_overhead": None,
+    }
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run", **settings) as lens:
+        for step in range(1, 31):
+            loss = model(torch.ones(2, 4)).sum() + step
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step(loss, logits=torch.zeros(2, 3), targets=torch.zeros(2, dtype=torch.long))
+            assert lens.last_step == step
+    run = el.open_run(tmp_path / "run")
+    assert list(series(run, "loss/mean")) == [1, 7, 14, 21, 28]
+    assert list(series(run, "gradient/norm/after_clip")) == [1, 5, 10, 15, 20, 25, 30]
+    # A step that was not counted makes the sum unknown: absent from there on.
+    assert series(run, "tokens/seen") == {1: 2.0}
+    assert set(series(run, "tokens/step").values()) == {2.0}
+    assert run.status()[0].step == 30
+
+
+def test_a_quiet_step_still_flushes_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entropylens.session.FLUSH_SECONDS", 0.0)
+    off = dict.fromkeys(all_diagnostics(), False)
+    with el.Lens(run_dir=tmp_path / "run", diagnostics=off) as lens:
+        lens.step()
+        lens.log({"mine": torch.ones(1)})
+        lens.step()
+        assert lens._session._transfer.is_empty
+
+
+def state_of(lens: el.Lens) -> Any:
+    """A state as it comes back from a checkpoint that nobody trusts."""
+    saved = BytesIO()
+    torch.save(lens.state_dict(), saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=True)
+
+
+def test_a_state_continues_its_run_and_forgets_what_came_after(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run") as first:
+        for step in range(1, 7):
+            first.step(float(step), **zeros(2, 3, 5))
+            if step == 4:
+                state = state_of(first)
+    assert state["tokens_seen"] == 24
+    with el.Lens(run_dir=tmp_path / "run", state=state) as lens:
+        assert lens.last_step == 4
+        lens.step(50.0, **zeros(2, 3, 5))
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "loss/mean") == {1: 1, 2: 2, 3: 3, 4: 4, 5: 50}
+    assert series(run, "tokens/seen")[5] == 30
+    assert [attempt["start_step"] for attempt in run.attempts] == [0, 4]
+
+
+def test_a_state_is_found_in_the_directory_that_was_really_taken(tmp_path: Path) -> None:
+    el.Lens(run_dir=tmp_path / "run").close()
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        lens.step(1.0)
+        state = state_of(lens)
+    assert lens.run_dir.name == "run-2"
+    with el.Lens(run_dir=tmp_path / "run", state=state) as lens:
+        assert lens.run_dir.name == "run-2"
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "run-2").rename(moved)
+    with el.Lens(run_dir=moved, state=state) as lens:
+        assert lens.run_dir == moved
+    assert len(el.open_run(moved).attempts) == 3
+
+
+def test_a_branch_in_another_directory_leaves_the_first_run_alone(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        for step in range(1, 4):
+            lens.step(float(step), **zeros(2, 3, 5))
+            if step == 2:
+                state = state_of(lens)
+    el.Lens(run_dir=tmp_path / "taken").close()
+    for asked, given in (("branch", "branch"), ("taken", "taken-2")):
+        with el.Lens(run_dir=tmp_path / asked, state=state) as lens:
+            lens.step(9.0, **zeros(2, 3, 5))
+        branch = el.open_run(tmp_path / given)
+        assert series(branch, "loss/mean") == {3: 9.0}
+        assert series(branch, "tokens/seen") == {3: 18.0}
+        assert branch.attempts[0]["start_step"] == 2
+    assert series(el.open_run(tmp_path / "run"), "loss/mean") == {1: 1.0, 2: 2.0, 3: 3.0}
+
+
+def test_a_state_carries_diagnostics_memory_and_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(all_diagnostics()["surprisal"])
+    seen = []
+
+    def measure(self: Any, reading: Any, state: Any) -> Any:
+        seen.append(state)
+        return [], torch.tensor(1.0) if state is None else state + 1
+
+    monkeypatch.setattr(kind, "measure", measure)
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        for _ in range(2):
+            lens.step(**zeros(2, 3, 5))
+        lens._session.budget.rows, lens._session.budget.widening = 256, 4
+        state = state_of(lens)
+    with el.Lens(run_dir=tmp_path / "run", preset="full", state=state) as lens:
+        assert (lens._session.budget.rows, lens._session.budget.widening) == (256, 4)
+        for _ in range(2):
+            lens.step(**zeros(2, 3, 5))
+    assert seen == [None, 1.0, 2.0]
+
+
+def test_resuming_where_the_log_lost_the_step_leaves_the_sum_of_tokens_unknown(
+    tmp_path: Path,
+) -> None:
+    with el.Lens(run_dir=tmp_path / "run") as lens:
+        for _ in range(3):
+            lens.step(1.0, **zeros(2, 3, 5))
+    with el.Lens(run_dir=tmp_path / "run", resume_step=5) as lens:
+        lens.step(1.0, **zeros(2, 3, 5))
+    assert series(el.open_run(tmp_path / "run"), "tokens/seen") == {1: 6.0, 2: 12.0, 3: 18.0}
+
+
+def test_rows_are_chosen_by_step_so_that_a_resumed_run_chooses_alike(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shown = [(torch.randn(8, 50, 5), torch.zeros(8, 50, dtype=torch.long)) for _ in range(4)]
+
+    def go(lens: el.Lens, steps: range) -> None:
+        for step in steps:
+            lens.step(logits=shown[step][0], targets=shown[step][1])
+
+    settings: dict[str, Any] = {"preset": "full", "rows": 32, "max_overhead": None}
+    with el.Lens(run_dir=tmp_path / "whole", **settings) as lens:
+        go(lens, range(4))
+    with el.Lens(run_dir=tmp_path / "halves", **settings) as lens:
+        go(lens, range(2))
+    with el.Lens(run_dir=tmp_path / "halves", resume_step=2, **settings) as lens:
+        go(lens, range(2, 4))
+    whole, halves = (series(el.open_run(tmp_path / n), "entropy/token/mean")
+                     for n in ("whole", "halves"))  # fmt: skip
+    assert whole == halves
+    assert len(set(whole.values())) == 4
+
+
+def test_newest_values_are_handed_on_once(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run", preset="full") as lens:
+        lens.forward("loss/mean", "entropy/token/*")
+        lens.step(1.0, **zeros(2, 3, 5))
+        lens.step(2.0, **zeros(2, 3, 5))
+        with lens.evaluation():
+            lens.log({"loss/mean": 5.0})
+        taken = lens.take_latest()
+        assert taken["loss/mean"] == 2.0
+        assert taken["entropy/token/mean"] == pytest.approx(1.6094379)
+        assert not {n for n in taken if not n.startswith(("loss/mean", "entropy/token/"))}
+        assert lens.take_latest() == {}
+
+
+def test_the_preset_says_what_it_may_cost(tmp_path: Path) -> None:
+    limits = {}
+    for preset in ("fast", "balanced", "full"):
+        with el.Lens(run_dir=tmp_path / preset, preset=preset):
+            pass
+        limits[preset] = el.open_run(tmp_path / preset).config["max_overhead"]
+    assert limits == {"fast": 0.01, "balanced": 0.03, "full": 0.03}
+    with pytest.raises(ValueError, match=r"Lens: max_overhead: .*did you mean 'fast'"):
+        el.Lens(run_dir=tmp_path / "x", max_overhead="fats")

@@ -138,7 +138,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
 
     # -- a step ------------------------------------------------------------------------------
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         """Remember a loss of manual optimisation until its optimiser steps."""
         if self.lens is None or pl_module.automatic_optimization or not self.lens.watch.due:
             return
@@ -147,7 +149,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Tell the Lens which optimiser is about to step, its loss, its gradients before clipping."""
+        """Tell the Lens which optimiser will step, and show it its loss and its gradients."""
         if self.lens is None:
             return
         name = self._names.get(id(unwrap_optimizer(_raw(optimizer))), "")
@@ -219,7 +221,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if isinstance(loss, Tensor) and pl_module.automatic_optimization:
             # Lightning has divided it, at an epoch's end by more than there were micro-batches.
             self.lens.observe(loss=loss * pl_module.trainer.accumulate_grad_batches)
-        shown = {}
+        shown: dict[str, Any] = {}
         if isinstance(logits, Tensor) and isinstance(targets, Tensor):
             shown = {"logits": logits, "targets": targets, "mask": found.get("mask")}
         ids = batch.get(self._sample_id) if self._sample_id and isinstance(batch, Mapping) else None
@@ -249,7 +251,7 @@ _NOTHING_TO_READ: Final = (
 
 
 class _Reported(Logger):  # type: ignore[misc]
-    """Among the Trainer's loggers while it trains: what they are told is kept beside our numbers."""
+    """Stands among the Trainer's loggers while it trains, and keeps what they are told."""
 
     def __init__(self, lens: el.Lens, trainer: Trainer) -> None:
         super().__init__()

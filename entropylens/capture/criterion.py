@@ -13,8 +13,7 @@ __all__ = ["CriterionTap"]
 
 
 class CriterionTap:
-    """Reads each call of a `torch.nn.CrossEntropyLoss` that runs with gradients, where tokens are
-    due.
+    """Reads a `torch.nn.CrossEntropyLoss` where it runs with gradients and anything is due.
 
     Its classes are on axis 1, targets that equal its ``ignore_index`` are masked; calls with
     probabilities for targets, and calls within a compiled graph, are left alone.

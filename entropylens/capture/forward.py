@@ -124,9 +124,8 @@ class ModelTap:
     def _tokens(
         self, kwargs: Mapping[str, Any], output: Any, hidden: Tensor | None
     ) -> TokenSource | None:
-        labels = kwargs.get("labels")
-        labels = self._events.next_labels if labels is None else labels
-        labels = labels.detach() if _are_classes(labels) else None
+        given = kwargs.get("labels")
+        labels = _classes(self._events.next_labels if given is None else given)
         logits, fused = _field(output, "logits"), _field(output, "log_probs")
         if fused is not None:
             return self._fused(kwargs, output, labels, hidden)
@@ -204,6 +203,7 @@ class Hook:
         self._run = run
 
     def __call__(self, *args: Any) -> None:
+        """Run, unless this is a copy."""
         if self._run is not None:
             self._run(*args)
 
@@ -221,8 +221,9 @@ def _field(output: Any, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _are_classes(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and not labels.is_floating_point()
+def _classes(labels: Any) -> Tensor | None:
+    is_integer = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return labels.detach() if is_integer else None
 
 
 def _predicts_next_token(model: nn.Module) -> bool:

@@ -53,16 +53,15 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
         if not hasattr(tensor, "placements"):
             whole.add(tensor)
             continue
-        ranks = tensor.device_mesh.size()
-        local, copies = _own_part(tensor)
+        local, copies, ranks = _own_part(tensor)
         sharded.add(local if copies == 1 else local / copies**0.5)
     parts = [norms / ranks**0.5 for norms in whole.found()] if ranks > 1 else whole.found()
     parts = parts + sharded.found()
     return torch.linalg.vector_norm(torch.cat(parts))
 
 
-def _own_part(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a DTensor, and how many ranks hold the same."""
+def _own_part(tensor: Any) -> tuple[Tensor, int, int]:
+    """What this rank holds of a DTensor, how many ranks hold the same, and how many there are."""
     placements, mesh = tensor.placements, tensor.device_mesh
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
@@ -70,7 +69,7 @@ def _own_part(tensor: Tensor) -> tuple[Tensor, int]:
             f"reduce them first"
         )
     kept = [mesh.size(axis) for axis, p in enumerate(placements) if p.is_replicate()]
-    return tensor.to_local(), prod(kept)
+    return tensor.to_local(), prod(kept), mesh.size()
 
 
 class _Norms:

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import IterableDataset
 from transformers import (
     LlamaConfig,
@@ -14,6 +15,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from untouched.trainings import gradient_scaler
 
 import entropylens as el
 from entropylens_callbacks import loggable
@@ -136,15 +138,18 @@ def test_where_no_trainer_is_found_it_sees_what_the_protocol_shows(
     assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-5)
 
 
+def watching(found: Trainer) -> EntropyLensCallback:
+    callbacks = found.callback_handler.callbacks
+    (callback,) = (c for c in callbacks if isinstance(c, EntropyLensCallback))
+    return callback
+
+
 @pytest.mark.parametrize("way", ["callbacks", "report_to", "add_callback"])
 def test_every_way_in_finds_the_trainer_and_sees_the_same(tmp_path: Path, way: str) -> None:
     options: dict[str, Any] = {"preset": "full", "max_overhead": None}
     if way == "report_to":
         found = trainer(tmp_path, report_to="entropylens")
-        (callback,) = (
-            c for c in found.callback_handler.callbacks if isinstance(c, EntropyLensCallback)
-        )
-        callback.options = options
+        watching(found).options = options
     elif way == "callbacks":
         found = trainer(tmp_path, callbacks=[EntropyLensCallback(**options)])
     else:
@@ -379,3 +384,112 @@ def test_samples_of_evaluation_reach_their_collator_as_they_are() -> None:
 
 def test_names_that_trainers_log_are_made_to_fit() -> None:
     assert loggable({"Eval//Acc @1": 1, "text": "x", "/": 2.0}) == {"eval/acc_1": 1.0}
+
+
+def test_our_metrics_reach_tensorboard_wherever_we_stand_among_the_reporters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    found = trainer(tmp_path, report_to=["tensorboard", "entropylens"])
+    watching(found).options = {"preset": "full", "max_overhead": None}
+    found.train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    scalars = {e.step: e.value for e in events.Scalars("train/entropylens/entropy/token/mean")}
+    entropy = series(run_of(found), "entropy/token/mean")
+    assert scalars == pytest.approx({step: entropy[step] for step in (2, 4, 6)}, rel=1e-6)
+    # What the trainer itself keeps is as it would be without us.
+    assert not any("entropylens" in key for e in found.state.log_history for key in e)
+
+
+def test_which_metrics_are_passed_on_can_be_said(tmp_path: Path) -> None:
+    class Keeps(TrainerCallback):  # type: ignore[misc]
+        seen: ClassVar[list[dict[str, Any]]] = []
+
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.seen.append(dict(logs))
+
+    found = trainer(tmp_path, callbacks=[Keeps()], logging_steps=1)
+    attach(found, preset="full", max_overhead=None, forward=["surprisal/token/*"])
+    found.train()
+    ours = [{k for k in logs if k.startswith("entropylens/")} for logs in Keeps.seen]
+    assert "entropylens/surprisal/token/p95" in ours[0]
+    assert all(name.startswith("entropylens/surprisal/token/") for names in ours for name in names)
+    surprisal = series(run_of(found), "surprisal/token/mean")
+    told = [logs.get("entropylens/surprisal/token/mean") for logs in Keeps.seen]
+    assert told[:6] == pytest.approx(list(surprisal.values()))
+    assert told[6] is None  # the summary at the end is no step's
+
+
+def test_the_checkpoint_carries_our_state_and_resuming_goes_on_where_it_says(
+    tmp_path: Path,
+) -> None:
+    el.Lens(run_dir=tmp_path / "run").close()
+    found = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    attach(found, tmp_path / "run", preset="full", max_overhead=None)
+    found.train()
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    state = torch.load(checkpoint / "entropylens-rank-000.pt", weights_only=True)
+    assert state["step"] == 4
+    assert state["tokens_seen"] == series(el.open_run(tmp_path / "run-2"), "tokens/seen")[4]
+    again = trainer(tmp_path)
+    attach(again, tmp_path / "run", preset="full", max_overhead=None)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    run = el.open_run(tmp_path / "run-2")
+    assert [attempt["start_step"] for attempt in run.attempts] == [0, 4]
+    assert run.metrics("tokens/seen").to_arrow()["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run-3").exists()
+    branch = trainer(tmp_path)
+    attach(branch, tmp_path / "branch", preset="full", max_overhead=None)
+    branch.train(resume_from_checkpoint=str(checkpoint))
+    assert list(series(el.open_run(tmp_path / "branch"), "loss/mean")) == [5, 6]
+    assert run.metrics("tokens/seen").to_arrow().num_rows == 6
+
+
+def test_a_checkpoint_of_another_step_or_without_us_is_no_state_of_ours(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    for number, state in enumerate((None, {"step": 3, "run_id": "another"})):
+        if state is not None:
+            torch.save(state, checkpoint / "entropylens-rank-000.pt")
+        found = trainer(tmp_path)
+        attach(found, tmp_path / str(number), preset="full")
+        found.train(resume_from_checkpoint=str(checkpoint))
+        assert list(series(el.open_run(tmp_path / str(number)), "loss/mean")) == [5, 6]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_overflows_are_skips_also_under_the_fused_optimiser_that_hides_them(
+    tmp_path: Path, optimizer: str
+) -> None:
+    class Moves(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.moved: list[bool] = []
+
+        def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            self.weight = model.lm_head.weight.detach().clone()
+
+        def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            self.moved.append(not torch.equal(self.weight, model.lm_head.weight))
+
+    moves = Moves()
+    found = trainer(tmp_path, callbacks=[moves], optim=optimizer, max_steps=12, logging_steps=1)
+    found.accelerator.scaler = gradient_scaler(torch.float16)
+    found.accelerator.native_amp = True
+    found.accelerator.state._mixed_precision = "fp16"
+    try:
+        attach(found, preset="full", max_overhead=None)
+        found.train()
+    finally:
+        AcceleratorState._reset_state()
+    run = run_of(found)
+    skipped = series(run, "optimizer/skipped")
+    assert [not value for value in skipped.values()] == moves.moved
+    assert 0 < sum(skipped.values()) < 12
+    for step, value in skipped.items():
+        if not value:
+            after = series(run, "gradient/norm/after_clip")[step]
+            before = series(run, "gradient/norm/before_clip")[step]
+            assert after == pytest.approx(min(before, 1.0), rel=1e-3)

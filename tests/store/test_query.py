@@ -349,3 +349,34 @@ def test_both_expressions_compile_for_spark_with_nothing_folded_away(
         assert not re.search(r"\b(TRUE|FALSE)\b", sql)
     assert "MAX_BY" in sql
     assert "1.7976931348623157E+308" in sql.upper()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "weights", "expected"),
+    [
+        ("tokens/step", [30.0, 30.0], [None, None], 60.0),
+        ("entropy/token/count", [3.0, 5.0], [3.0, 5.0], 8.0),
+        ("entropy/token/min", [0.5, 0.25], [3.0, 5.0], 0.25),
+        ("entropy/token/max", [0.5, 0.25], [3.0, 5.0], 0.5),
+        ("step/seconds", [1.0, 2.0], [None, None], 2.0),
+        ("gradient/shard_norm/after_clip", [3.0, 4.0], [None, None], 5.0),
+        ("gradient/norm/after_clip", [3.0, 3.0], [None, None], 3.0),
+        ("entropy/token/mean", [1.0, 2.0], [1.0, 3.0], 1.75),
+        ("tokens/step", [30.0, float("nan")], [None, None], float("nan")),
+        ("entropy/token/min", [0.5, float("nan")], [3.0, 5.0], float("nan")),
+        ("user/mine", [1.0, 2.0], [None, None], 1.5),
+    ],
+)
+def test_ranks_are_combined_as_the_dictionary_says(
+    tmp_path: Path,
+    name: str,
+    values: list[float],
+    weights: list[float | None],
+    expected: float,
+) -> None:
+    writers = [RunWriter(tmp_path / "run", rank=rank, world_size=2) for rank in range(2)]
+    for writer, value, weight in zip(writers, values, weights, strict=True):
+        log(writer, [value], name=[name], weight=weight)
+        writer.close()
+    found = series(open_run(tmp_path / "run"), name)["value"].to_pylist()
+    assert found == pytest.approx([expected], nan_ok=True)

@@ -46,7 +46,7 @@ def hf(folder: Path, model: Any = None, samples: Any = None, **options: Any) -> 
         warnings.simplefilter("ignore")
         return Trainer(
             model or tiny.llama(),
-            args=TrainingArguments(str(folder / "out"), **COMMON, **options),
+            args=TrainingArguments(str(folder / "out"), **{**COMMON, **options}),
             train_dataset=samples or tiny.token_samples(),
             eval_dataset=(samples or tiny.token_samples())[:8],
         )

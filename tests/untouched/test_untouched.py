@@ -1,4 +1,4 @@
-"""Weights, optimisers, schedulers, random states and losses are the same to the bit, watched or not.
+"""Weights, optimisers, schedulers, random states and losses are the same to the bit.
 
 Each training of `untouched.trainings` runs bare once and then under every preset.
 """
@@ -37,9 +37,10 @@ def test_a_training_is_untouched(adapter: str, mode: str, tmp_path: Path) -> Non
         run = el.open_run(found.run_dir)
         assert run.state() == "finished"
         assert run.status()[0].faults == {}
-        losses = run.metrics("loss/mean").to_arrow()["step"].to_pylist()
-        assert sorted(set(losses)) == list(range(1, STEPS + 1 + (mode == "accumulation" and
-                                                                 adapter == "lightning")))  # fmt: skip
+        steps = set(run.metrics("loss/mean").to_arrow()["step"].to_pylist())
+        # Lightning ends an epoch with what has been accumulated so far.
+        extra = (adapter, mode) == ("lightning", "accumulation")
+        assert steps == set(range(1, STEPS + 1 + extra))
 
 
 def test_the_comparison_sees_a_single_bit() -> None:

@@ -48,7 +48,9 @@ def test_no_step_waits_for_the_device(adapter: str, mode: str, tmp_path: Path) -
 def test_a_diagnostic_that_waits_is_found(
     wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = f"def measure(self, reading, state):\n    t = reading.entropy\n    {wait}\n    return [], 0"
+    source = (
+        f"def measure(self, reading, state):\n    t = reading.entropy\n    {wait}\n    return [], 0"
+    )
     planted = Path(el.__file__).parent / "planted.py"
     place: dict[str, Any] = {}
     exec(compile(source, str(planted), "exec"), place)

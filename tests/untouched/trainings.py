@@ -355,5 +355,3 @@ def hooks_left(outcome: Outcome) -> list[str]:
 def everything() -> None:
     """Register the trainings of every framework."""
     from untouched import in_lightning, in_transformers  # noqa: F401
-
-
