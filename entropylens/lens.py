@@ -167,6 +167,8 @@ class Lens:
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
             self.watch.tap_optimizers(optimizers, names)
             undo.pop_all()
+        self._unlooked = 0
+        """Coming steps in which nothing is due and that need no look at the clock."""
         self._mark = perf_counter()
         self.watch.begin(self._step + 1)
 
@@ -244,15 +246,20 @@ class Lens:
             TypeError: An argument that `observe` does not have.
             ValueError: In the first step only, as `observe`.
         """
-        began, session = perf_counter(), self._session
         number = self._step + 1 if step is None else step
+        if self._unlooked and number == self._step + 1:
+            self._unlooked -= 1
+            self._step = number
+            return
+        began, session = perf_counter(), self._session
         if not session.due and began < session.wakes_at:
+            self._unlooked = session.pass_step(number, began, began - self._mark)
             self._step, self._mark = number, began
             self.watch.pass_step(number)
-            session.pass_step(number, began)
             return
         if micro_batch:
             self.observe(**micro_batch)
+        self._unlooked = 0
         session.aside("step", lambda: self._end(number, loss, gradient_norm), raises=True)
 
     @contextmanager

@@ -22,8 +22,11 @@ __all__ = ["Session"]
 
 FLUSH_SECONDS: Final = 1.0
 FLUSH_BLOCKS: Final = 512
-VITALS_LAG: Final = 16
-"""Vitals, which are cheap, keep their intervals until the budget has widened others so far."""
+LOOK_SECONDS: Final = 0.1
+"""Longest time without a look at the clock, where nothing is due."""
+UNTIMED_SECONDS: Final = 4e-6
+"""What every step costs beyond what we time within: being called at all, by the loop and by hooks,
+with caches that the training has filled. Timed from outside on a step of a millisecond."""
 _NEVER: Final = 1 << 62
 
 
@@ -59,7 +62,7 @@ class Session:
         self._schedules = {known[name].name: schedule for name, schedule in schedules.items()}
         self._diagnostics = {name: known[name] for name in schedules}
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
-        self._decided, self._next_due = -1, -1
+        self._decided, self._next_due, self._unlooked = -1, -1, 0
         self._transfer = Transfer(self._deliver)
         self._measured: list[tuple[str, Block]] = []
         self._flushed = perf_counter()
@@ -88,27 +91,38 @@ class Session:
         self._decided, self.due = number, {}
         following = []
         for name, schedule in self._schedules.items():
-            found, widening = self._diagnostics[name], self.budget.widening
-            if found.reads == "step":
-                widening = max(widening // VITALS_LAG, 1)
+            found, budget = self._diagnostics[name], self.budget
+            widening = budget.vitals_widening if found.reads == "step" else budget.widening
             if schedule.is_due(number, widening):
                 self.due.setdefault(found.reads, []).append(found)
             following.append(schedule.next_due(number, widening) or _NEVER)
         self._next_due = min(following, default=_NEVER)
 
-    def pass_step(self, number: int, began: float) -> None:
+    def pass_step(self, number: int, began: float, seconds: float) -> int:
         """Close a step in which nothing was due, and that ended before `wakes_at`.
 
         Args:
             number: Of the step.
             began: When, on the clock of `time.perf_counter`, closing it began.
+            seconds: Since the step before it that was closed here.
+
+        Returns:
+            How many of the steps after it need not be closed at all: nothing is due in them, and
+            all together take no longer than a look at the clock can wait. Before a step in which
+            something is due one is closed, for that step's time begins at its end.
         """
-        self._steps_done += 1
+        passed = self._unlooked + 1
+        self._unlooked = 0
+        self._steps_done += passed
         self.writer.step = number
-        self.budget.pass_step()
+        self.budget.pass_steps(passed)
         if number + 1 >= self._next_due or number + 1 <= self._decided:
             self.begin_step(number + 1)
-        self.budget.spend(perf_counter() - began)
+        else:
+            ahead = self._next_due - number - 2
+            self._unlooked = max(min(ahead, int(LOOK_SECONDS * passed / max(seconds, 1e-9))), 0)
+        self.budget.spend(perf_counter() - began + passed * UNTIMED_SECONDS)
+        return self._unlooked
 
     # -- guarded work ------------------------------------------------------------------------
 
@@ -169,6 +183,7 @@ class Session:
             slots: Token positions of the step, known from shapes.
         """
         self._steps_done += 1
+        self._unlooked = 0
         self.writer.step = stamp.step
         measured, self._measured = self._measured, []
         for name, block in measured:
@@ -185,8 +200,13 @@ class Session:
         self.wakes_at = min(flush_at, self.budget.next_review)
 
     def _review(self, step: int, slots: int) -> None:
-        self.budget.spend(self.clock.collect())
-        review = self.budget.end_step(self.writer.cpu_seconds, slots)
+        self.budget.spend(self.clock.collect() + UNTIMED_SECONDS)
+        review = self.budget.end_step(
+            self.writer.cpu_seconds,
+            slots,
+            vitals="step" in self.due,
+            others=bool(self.due.keys() - {"step"}),
+        )
         if review is None:
             return
         self.overhead = review.fraction
@@ -202,6 +222,7 @@ class Session:
                 "max_overhead": self.budget.max_overhead,
                 "rows": self.budget.rows,
                 "widening": self.budget.widening,
+                "vitals_widening": self.budget.vitals_widening,
             },
         )
 
@@ -261,13 +282,16 @@ class Session:
             "diagnostics": {name: s for name, s in self._states.items() if s is not None},
             "rows": self.budget.rows,
             "widening": self.budget.widening,
+            "vitals_widening": self.budget.vitals_widening,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` gave; diagnostics that are off now are left out."""
         known = state.get("diagnostics", {})
         self._states.update({name: known[name] for name in self._states if name in known})
-        self.budget.resume(state.get("rows"), state.get("widening", 1))
+        self.budget.resume(
+            state.get("rows"), state.get("widening", 1), state.get("vitals_widening", 1)
+        )
         self._next_due = -1
 
     def flush(self) -> None:

@@ -81,10 +81,15 @@ class Watch:
 
     def remove(self) -> None:
         """Take all hooks out."""
-        for tap in [*self._taps, *self._optimizers.values()]:
+        self._remove_taps()
+        for tap in self._optimizers.values():
+            tap.remove()
+        self._optimizers.clear()
+
+    def _remove_taps(self) -> None:
+        for tap in self._taps:
             tap.remove()
         self._taps.clear()
-        self._optimizers.clear()
 
     # -- what taps and trainers tell ---------------------------------------------------------
 
@@ -229,6 +234,7 @@ class Watch:
         """Measure what the step in progress gathered."""
         opened, session = self._open, self._session
         try:
+            self._drop_taps(is_loss_shown=loss is not None)
             self._note_skipped(stamp)
             if not session.due:
                 self.tokens_seen = None
@@ -241,6 +247,13 @@ class Watch:
             session.measure("step", lambda: self._step_reading(loss, seconds))
         finally:
             session.end_step(stamp, opened.slots)
+
+    def _drop_taps(self, *, is_loss_shown: bool) -> None:
+        """Once logits and loss are shown by hand nothing is read from the model any more."""
+        if is_loss_shown:
+            self.reads_loss = False
+        if self._is_shown and not self.reads_loss:
+            self._remove_taps()
 
     def _note_skipped(self, stamp: Stamp) -> None:
         """Steps before an optimiser's first call were skipped, if that call comes at all."""

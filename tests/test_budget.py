@@ -112,17 +112,17 @@ def test_rows_come_back_one_doubling_at_a_time_after_intervals(
 
 def test_a_resumed_run_goes_on_as_thinned_but_never_beyond_what_is_allowed_now() -> None:
     budget = Budget(0.03, 1024)
-    budget.resume(256, 8)
-    assert (budget.rows, budget.widening) == (256, 8)
+    budget.resume(256, 8, 2)
+    assert (budget.rows, budget.widening, budget.vitals_widening) == (256, 8, 2)
     budget = Budget(0.03, 128)
-    budget.resume(256, 10**6)
+    budget.resume(256, 10**6, 0)
     assert (budget.rows, budget.widening) == (128, module.WIDEST)
+    assert budget.vitals_widening == 1
 
 
 def test_steps_in_which_nothing_is_due_count_too(clock: Clock) -> None:
     budget = warm(Budget(0.03, 1024), clock)
-    for _ in range(9):
-        budget.pass_step()
+    budget.pass_steps(9)
     clock.now += 3.0
     budget.spend(0.3)
     found = budget.end_step(0.0, 100)
@@ -153,3 +153,58 @@ def test_a_limit_that_is_no_share_is_refused(bad: float) -> None:
 def test_no_rows_at_all_are_refused() -> None:
     with pytest.raises(ValueError, match="Lens: expected rows >= 1 or None for all, got 0"):
         Budget(0.1, 0)
+
+
+def steps_of(budget: Budget, clock: Clock, *, light: float, heavy: float) -> Review:
+    """A hundred steps of 0.1 s with vitals in each and something else in every tenth."""
+    found = None
+    for step in range(1, 101):
+        others = step % 10 == 0
+        clock.now += 0.1
+        budget.spend(light + heavy * others)
+        found = budget.end_step(0.0, 100, vitals=True, others=others) or found
+        if found is not None:
+            return found
+    raise AssertionError("no review in ten seconds")
+
+
+def test_vitals_stay_while_they_are_cheap(clock: Clock) -> None:
+    budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
+    assert steps_of(budget, clock, light=0.001, heavy=0.05).change == (
+        "intervals widened to 2 times the preset's"
+    )
+    assert (budget.widening, budget.vitals_widening) == (2, 1)
+
+
+def test_vitals_that_take_more_than_half_are_thinned_and_the_rest_is_left_alone(
+    clock: Clock,
+) -> None:
+    budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
+    found = steps_of(budget, clock, light=0.005, heavy=0.001)
+    assert found.fraction == pytest.approx(0.051, rel=0.02)
+    assert found.change == "vitals every 4 steps or so"
+    assert (budget.widening, budget.vitals_widening) == (1, 4)
+
+
+def test_both_give_way_where_both_cost_too_much_and_vitals_come_back_first(clock: Clock) -> None:
+    budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
+    found = steps_of(budget, clock, light=0.005, heavy=0.05)
+    assert found.change == (
+        "vitals every 4 steps or so; intervals widened to 4 times the preset's"
+    )
+    said = [steps_of(budget, clock, light=0.0001, heavy=0.0).change for _ in range(20)]
+    assert [change for change in said if change is not None] == [
+        "vitals every 2 steps again",
+        "vitals every 1 steps again",
+        "intervals narrowed to 2 times the preset's",
+        "intervals narrowed to 1 times the preset's",
+    ]
+
+
+def test_where_vitals_are_never_alone_the_others_give_way_first(clock: Clock) -> None:
+    budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
+    for _ in range(25):
+        clock.now += 0.1
+        budget.spend(0.01)
+        budget.end_step(0.0, 100, vitals=True, others=True)
+    assert (budget.widening, budget.vitals_widening) == (4, 1)

@@ -51,6 +51,7 @@ def named_optimizers(optimizers: Any) -> dict[str, Optimizer]:
         TypeError: One of them is no optimiser.
 
     Example:
+        >>> import torch
         >>> parameter = torch.nn.Parameter(torch.zeros(1))
         >>> list(named_optimizers([torch.optim.SGD([parameter]), torch.optim.SGD([parameter])]))
         ['optimizer0', 'optimizer1']

@@ -69,7 +69,7 @@ def tile_sums(tiles: Tensor, temperature: float, use_compiler: bool) -> TileSums
     blocks = tiles.split(max(EAGER_ELEMENTS // prod(tiles.shape[1:]), 1))
     scratch = torch.empty(3, blocks[0].numel(), device=tiles.device)
     sums = [_eager_sums(block, temperature, scratch[:, : block.numel()]) for block in blocks]
-    return TileSums(*map(torch.cat, zip(*sums, strict=True)))
+    return TileSums(*(map(torch.cat, zip(*sums, strict=True)) if len(sums) > 1 else sums[0]))
 
 
 def _centre(maximum: Tensor, mean: Tensor, inverse_temperature: Tensor | float) -> Tensor:
@@ -140,28 +140,32 @@ def _exp(x: Tensor) -> Tensor:
 # -- from tiles to tokens --------------------------------------------------------------------------
 
 
-def join_tiles(parts: list[TileSums], picked: Tensor, temperature: float) -> dict[str, Tensor]:
-    """Statistics of each row from its tiles, in float64 where the device has it."""
+def join_tiles(parts: list[TileSums], picked: Tensor, temperature: float) -> Tensor:
+    """Statistics of each row from its tiles, in float64 where the device has it.
+
+    Returns:
+        ``[7, rows]``, float32, in the order of `token_statistics.TokenStatistics`.
+    """
     wide = torch.float32 if picked.device.type == "mps" else torch.float64
     inverse = 1.0 / temperature
 
-    def column(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts], 1).to(wide)
-
-    maximum, centre, w = column("maximum"), column("centre"), column("w")
+    columns = [torch.stack([*vars(part).values()]) for part in parts]
+    joined = (torch.cat(columns, 2) if len(parts) > 1 else columns[0]).to(wide)
+    sums = TileSums(*joined)
+    maximum, centre, w = sums.maximum, sums.centre, sums.w
     largest = maximum.amax(1, keepdim=True)
     offset = ((maximum - largest) * inverse).clamp(min=-1e4)
     scale = offset.exp()
-    ties = (column("e") - w).round()
+    ties = (sums.e - w).round()
     # Mass relative to the row's largest term, with that one term left out.
     rest = (scale * w + torch.where(offset < 0, scale * ties, 0.0)).sum(1)
     rest = rest + (torch.where(offset < 0, 0.0, ties).sum(1) - 1)
     total = 1 + rest
-    mass, squares = w + ties, column("ww") + ties
+    mass, squares = w + ties, sums.ww + ties
     # Moments about the centre, the maxima, which lie at -centre from it, taken in.
-    first = column("wy") - ties * centre
-    second = column("wyy") + ties * centre**2
-    pull = column("wwy") - ties * centre
+    first = sums.wy - ties * centre
+    second = sums.wyy + ties * centre**2
+    pull = sums.wwy - ties * centre
     place = offset + centre
     mean = (scale * (mass * place + first)).sum(1) / total
     spread = (second - first**2 / mass).clamp(min=0)
@@ -170,17 +174,18 @@ def join_tiles(parts: list[TileSums], picked: Tensor, temperature: float) -> dic
     pull = pull + squares * (place - mean[:, None])
     log_rest = torch.log1p(rest)
     top = largest.squeeze(1)
-    found = {
-        "logprob": (picked.to(wide) - top) * inverse - log_rest,
-        "entropy": log_rest - mean,
-        "varentropy": variance,
-        "sum_squared_probabilities": (scale**2 * squares).sum(1) / total**2,
-        "expected_discriminator": (scale**2 * pull).sum(1) / total**2,
-        "max_probability": 1 / total,
-        "log_sum_exp": top * inverse + log_rest,
-    }
-    usable = top.isfinite()
-    return {name: torch.where(usable, v, torch.nan).float() for name, v in found.items()}
+    found = torch.stack(
+        [
+            (picked.to(wide) - top) * inverse - log_rest,
+            log_rest - mean,
+            variance,
+            (scale**2 * squares).sum(1) / total**2,
+            (scale**2 * pull).sum(1) / total**2,
+            1 / total,
+            top * inverse + log_rest,
+        ]
+    )
+    return torch.where(top.isfinite(), found, torch.nan).float()
 
 
 # -- compiling -------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ _SHARDED: Final = (
 @diagnostic(
     reads="gradients",
     every={"fast": 50, "balanced": 10, "full": 1},
-    floor={"fast": 500, "balanced": 200, "full": 200},
+    floor={"fast": 1000, "balanced": 200, "full": 200},
     metrics={
         "gradient/norm/after_clip": _metric(
             "How large is the gradient that the optimiser uses?",

@@ -45,7 +45,10 @@ def mean_by_sequence(
 
 
 @diagnostic(
-    reads="tokens", every={"fast": 50, "balanced": 10, "full": 1}, floor=200, metrics=METRICS
+    reads="tokens",
+    every={"fast": 50, "balanced": 10, "full": 1},
+    floor={"fast": 1000, "balanced": 200, "full": 200},
+    metrics=METRICS,
 )
 class SampleTable(Diagnostic):
     """Rows of the samples table: the highest mean loss and the most scored tokens of a step.

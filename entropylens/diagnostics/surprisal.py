@@ -90,7 +90,10 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 
 @diagnostic(
-    reads="tokens", every={"fast": 50, "balanced": 10, "full": 1}, floor=200, metrics=METRICS
+    reads="tokens",
+    every={"fast": 50, "balanced": 10, "full": 1},
+    floor={"fast": 1000, "balanced": 200, "full": 200},
+    metrics=METRICS,
 )
 class Surprisal(Diagnostic):
     """Surprisal of the targets, its gap to the entropy, and the scatter the model expects."""

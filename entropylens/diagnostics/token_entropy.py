@@ -162,7 +162,10 @@ def entropy_spikes(
 
 
 @diagnostic(
-    reads="tokens", every={"fast": 50, "balanced": 10, "full": 1}, floor=200, metrics=METRICS
+    reads="tokens",
+    every={"fast": 50, "balanced": 10, "full": 1},
+    floor={"fast": 1000, "balanced": 200, "full": 200},
+    metrics=METRICS,
 )
 class TokenEntropy(Diagnostic):
     """Entropy of the next-token distribution: mean, quantiles, by position, spikes."""

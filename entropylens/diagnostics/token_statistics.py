@@ -194,17 +194,16 @@ def _tiles(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _assemble(
-    results: list[dict[str, Tensor]], targets: Tensor, mask: Tensor | None, vocabulary: int
+    results: list[Tensor], targets: Tensor, mask: Tensor | None, vocabulary: int
 ) -> TokenStatistics:
     kept = (targets >= 0) & (targets < vocabulary)
     if mask is not None:
         kept = kept & mask.bool()
-    columns = {}
-    for name in (field.name for field in fields(TokenStatistics)):
-        parts = [result[name] for result in results]
-        joined = torch.cat(parts) if parts else kept.new_zeros(0, dtype=torch.float32)
-        columns[name] = torch.where(kept, joined.view(targets.shape), torch.nan)
-    return TokenStatistics(**columns)
+    if not results:
+        results = [kept.new_zeros(len(fields(TokenStatistics)), 0, dtype=torch.float32)]
+    joined = torch.cat(results, 1) if len(results) > 1 else results[0]
+    columns = torch.where(kept, joined.view(len(joined), *targets.shape), torch.nan)
+    return TokenStatistics(*columns.unbind())
 
 
 # -- arguments -------------------------------------------------------------------------------------

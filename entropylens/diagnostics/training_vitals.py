@@ -134,7 +134,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     "overhead/widening": _metric(
         "By how much has the budget widened the intervals?",
-        "factor on every diagnostic's interval, up to its floor",
+        "factor on every interval but that of vitals, up to the diagnostic's floor",
         "1",
         "measured rarely, to keep the promised overhead",
         "1: as the preset says",
@@ -186,7 +186,12 @@ def _of_optimizer(reading: OptimizerReading) -> Iterator[tuple[str, str, Tensor 
         yield "learning_rate", "/".join(part for part in parts if part), rate
 
 
-@diagnostic(reads="step", every={"fast": 1, "balanced": 1, "full": 1}, floor=100, metrics=METRICS)
+@diagnostic(
+    reads="step",
+    every={"fast": 1, "balanced": 1, "full": 1},
+    floor={"fast": 200, "balanced": 100, "full": 100},
+    metrics=METRICS,
+)
 class TrainingVitals(Diagnostic):
     """The scalars that every run records; what is not known is not written."""
 
