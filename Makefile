@@ -15,14 +15,14 @@ demo: $(READY) ## Train a small model with a learning-rate spike, watch it, writ
 	$(BIN)/entropylens demo
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY) ## Everything CI runs: format, lint, types, import contracts, tests, docs, wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --doctest-modules tests entropylens callbacks dashboard
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --doctest-modules tests entropylens callbacks dashboard
 	$(MAKE) docs
 	rm -rf dist && $(BIN)/python -m build --no-isolation . > /dev/null
 	$(BIN)/check-wheel-contents dist/*.whl

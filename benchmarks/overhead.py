@@ -375,7 +375,9 @@ def set_aside(training: Training) -> Iterator[None]:
 
 def floors_kept(run: el.Run, lens: el.Lens, first: int, last: int) -> bool:
     """Whether every diagnostic was measured in every stretch as long as its floor."""
-    rows = {t: run.rows(t, steps=(first, last)).to_arrow() for t in ("metrics", "tokens", "samples")}
+    rows = {
+        t: run.rows(t, steps=(first, last)).to_arrow() for t in ("metrics", "tokens", "samples")
+    }
     names = rows["metrics"]["name"].to_pylist()
     steps = rows["metrics"]["step"].to_pylist()
     for name, schedule in lens._session._schedules.items():

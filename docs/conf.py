@@ -35,7 +35,7 @@ def write_metrics() -> None:
     ]
     for name, metric in metrics.items():
         lines += [f"## `{name}`", "", f"**{metric['question']}**", ""]
-        for field in ("formula", "unit", "estimator", "high", "low", "cost", "source"):
+        for field in ("formula", "unit", "estimator", "ranks", "high", "low", "cost", "source"):
             lines.append(f"- *{field}*: {metric[field].replace('*', chr(92) + '*')}")
         lines += [f"- *diagnostic*: `{metric['diagnostic']}`", ""]
     (ROOT / "docs" / "metrics.md").write_text("\n".join(lines))

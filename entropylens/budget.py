@@ -68,7 +68,9 @@ class Budget:
         `end_step` only counts."""
         self._warm = False
         self._calm = 0
-        self._restart(0.0)
+        self._spent = self._paused = self._light = self._step_began = self._writer_cpu = 0.0
+        self._steps = self._vital_steps = self._light_steps = 0
+        self._since = perf_counter()
 
     def spend(self, seconds: float) -> None:
         """Count time that the training thread (or the device) spent on us."""

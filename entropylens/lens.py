@@ -250,6 +250,7 @@ class Lens:
         if self._unlooked and number == self._step + 1:
             self._unlooked -= 1
             self._step = number
+            self.watch.forget_calls()
             return
         began, session = perf_counter(), self._session
         if not session.due and began < session.wakes_at:
@@ -308,14 +309,15 @@ class Lens:
         self._session.budget.pause(now - self._mark)
         self._mark = now
 
-    def aside(self, where: str, work: Callable[[], Any]) -> None:
+    def aside(self, where: str, work: Callable[[], Any], *, raises: bool = False) -> None:
         """Run an adapter's own work so that neither its errors nor its time escape unseen.
 
         Args:
             where: Names the fault's cause.
             work: Runs without gradients.
+            raises: Let `TypeError` and `ValueError` out in the first step: setup errors.
         """
-        self._session.aside(where, work)
+        self._session.aside(where, work, raises=raises)
 
     def forward(self, *patterns: str) -> None:
         """Keep the newest values of these metrics for `take_latest`; ``*`` stands for any text."""

@@ -69,6 +69,7 @@ class Session:
         self._decode = decode
         self._texts: dict[int, str | None] = {}
         self._steps_done = 0
+        self._is_aside = False
         self._closed = False
         self._forwarded: Sequence[str] = ()
         self._latest: dict[str, float] = {}
@@ -135,6 +136,7 @@ class Session:
             raises: Let `TypeError` and `ValueError` out while no step has ended: setup errors.
         """
         started = perf_counter()
+        is_outermost, self._is_aside = not self._is_aside, True
         try:
             with torch.no_grad():
                 work()
@@ -143,7 +145,9 @@ class Session:
                 raise
             self.writer.fault(where, error)
         finally:
-            self.budget.spend(perf_counter() - started)
+            if is_outermost:
+                self._is_aside = False
+                self.budget.spend(perf_counter() - started)
 
     def measure(self, reads: str, take_reading: Callable[[], Any]) -> None:
         """Measure what is due on a reading; what raises is left out and does not stop the rest.

@@ -189,9 +189,7 @@ def test_vitals_that_take_more_than_half_are_thinned_and_the_rest_is_left_alone(
 def test_both_give_way_where_both_cost_too_much_and_vitals_come_back_first(clock: Clock) -> None:
     budget = warm(Budget(0.03, SAMPLED_ROWS), clock)
     found = steps_of(budget, clock, light=0.005, heavy=0.05)
-    assert found.change == (
-        "vitals every 4 steps or so; intervals widened to 4 times the preset's"
-    )
+    assert found.change == ("vitals every 4 steps or so; intervals widened to 4 times the preset's")
     said = [steps_of(budget, clock, light=0.0001, heavy=0.0).change for _ in range(20)]
     assert [change for change in said if change is not None] == [
         "vitals every 2 steps again",

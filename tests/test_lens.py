@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -813,6 +814,18 @@ def test_newest_values_are_handed_on_once(tmp_path: Path) -> None:
         assert lens.take_latest() == {}
 
 
+def test_time_within_time_that_is_ours_counts_once(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run", max_overhead=None) as lens:
+        lens.step(1.0)
+        budget = lens._session.budget
+        before = budget._spent
+        lens.aside("outer", lambda: lens.aside("inner", lambda: sleep(0.05)))
+        assert 0.05 <= budget._spent - before < 0.09
+        before = budget._spent
+        lens.aside("again", lambda: sleep(0.01))
+        assert budget._spent - before >= 0.01
+
+
 def test_the_preset_says_what_it_may_cost(tmp_path: Path) -> None:
     limits = {}
     for preset in ("fast", "balanced", "full"):
@@ -822,3 +835,24 @@ def test_the_preset_says_what_it_may_cost(tmp_path: Path) -> None:
     assert limits == {"fast": 0.01, "balanced": 0.03, "full": 0.03}
     with pytest.raises(ValueError, match=r"Lens: max_overhead: .*did you mean 'fast'"):
         el.Lens(run_dir=tmp_path / "x", max_overhead="fats")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "capture.forward.ModelTap._read_if_due",
+        "capture.optimizer.OptimizerTap._count_call",
+        "capture.optimizer.OptimizerTap._read_tensors",
+    ],
+)
+def test_whatever_a_hook_raises_stays_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(f"entropylens.{place}", broken)
+    train(3, lambda m, o: el.Lens(m, o, run_dir=tmp_path / "run", preset="full"))
+    run = el.open_run(tmp_path / "run")
+    assert list(series(run, "step/seconds")) == [1, 2, 3]
+    assert sum(run.status()[0].faults.values()) == 3

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -165,7 +166,8 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if lens is None:
             return
         if lens.watch.due:
-            self._aside("batch end", lambda: self._show_batch(pl_module, outputs, batch))
+            show = partial(self._show_batch, pl_module, outputs, batch)
+            lens.aside("batch end", show, raises=True)
         if lens.watch.has_stepped:
             lens.step()
             every = trainer.log_every_n_steps

@@ -32,7 +32,7 @@ class CriterionTap:
     ) -> None:
         self._events, self._guard = events, guard
         self._ignored = criterion.ignore_index
-        hook = Hook(self._after_call)
+        hook = Hook(self._after_call, guard)
         self._handle = criterion.register_forward_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:

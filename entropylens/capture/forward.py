@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class ModelTap:
         self._watches_backbone = False
         # Traced into a compiled model's graph, our clocks and counters would be frozen in it.
         self._outside_graph = torch.compiler.disable(self._read_if_due)
-        self._handles = [model.register_forward_hook(Hook(self._after_forward), with_kwargs=True)]
+        hook = Hook(self._after_forward, guard)
+        self._handles = [model.register_forward_hook(hook, with_kwargs=True)]
 
     def remove(self) -> None:
         """Take the hooks out and drop what is held."""
@@ -192,23 +194,42 @@ class ModelTap:
         if not self._watches_backbone:
             self._watches_backbone = True
             if (backbone := backbone_of(self._model)) is not None:
-                hook = Hook(self._after_backbone)
+                hook = Hook(self._after_backbone, self._guard)
                 self._handles.append(backbone.register_forward_hook(hook))
 
 
 class Hook:
-    """A hook that stays behind when its model is pickled or copied: `torch.save`, an EMA's copy."""
+    """A hook that raises nothing, and that stays behind when its model is pickled or copied.
 
-    def __init__(self, run: Callable[..., None] | None = None) -> None:
-        self._run = run
+    Saved by `torch.save`, or copied for an EMA, a model takes a hook along that does nothing.
+
+    Args:
+        run: What to do after a call of the module.
+        guard: Told what it raised.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., None] | None = None,
+        guard: Callable[[str, Callable[[], None]], None] | None = None,
+    ) -> None:
+        self._run, self._guard = run, guard
 
     def __call__(self, *args: Any) -> None:
         """Run, unless this is a copy."""
-        if self._run is not None:
+        if self._run is None or self._guard is None:
+            return
+        try:
             self._run(*args)
+        except Exception as error:
+            self._guard("hook", partial(_raise, error))
 
     def __reduce__(self) -> tuple[type["Hook"], tuple[()]]:
         return Hook, ()
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def in_backward() -> bool:

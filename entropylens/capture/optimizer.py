@@ -1,8 +1,10 @@
 """What an optimiser's step shows: the gradients it uses, the rates it uses, the update it makes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -73,7 +75,7 @@ class OptimizerTap:
     Where the step is given a closure, as Lightning's automatic optimisation and LBFGS do, forward
     and backward run within the step: gradients and parameters are then read when the closure
     returns for the first time. Of several steps of one optimiser within one step of the run the
-    first is read.
+    first is read. A step that is compiled (`torch.compile(optimizer.step)`) is not read at all.
 
     The copy of the parameters that the update needs lives only during a step in which a diagnostic
     that reads the update is due.
@@ -108,12 +110,16 @@ class OptimizerTap:
             optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def begin_step(self) -> None:
-        """Forget the last step of the run."""
+    def forget_calls(self) -> None:
+        """Forget that the optimiser was called, or expected to be."""
         self.calls = 0
         """Times the optimiser was called in the step in progress."""
         self.is_expected = False
         """Whether the trainer said that the optimiser is to step in it."""
+
+    def begin_step(self) -> None:
+        """Forget the last step of the run."""
+        self.forget_calls()
         self.rates: list[Tensor | float] = []
         """Of each parameter group, as the first call used them."""
         self._found_inf: Tensor | None = None
@@ -148,6 +154,16 @@ class OptimizerTap:
     # -- hooks -------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            # Traced into a compiled step, counting its calls would compile it anew each time.
+            return None
+        try:
+            return self._count_call(args, kwargs)
+        except Exception as error:
+            self._guard("optimizer pre-step hook", partial(_raise, error))
+            return None
+
+    def _count_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
         self.was_called = True
         self._before = None
@@ -164,7 +180,7 @@ class OptimizerTap:
         return (args[0], watched, *args[2:]), kwargs
 
     def _after_step(self, *_: Any) -> None:
-        if self._before is not None:
+        if not torch.compiler.is_compiling() and self._before is not None:
             self._guard("optimizer post-step hook", self._read_after)
 
     def _read_within(self) -> None:
@@ -232,6 +248,10 @@ def _call_once_after(closure: Callable[..., Any], work: Callable[[], None]) -> C
         return result
 
     return watched
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _rate(rate: Tensor | float) -> Tensor | float:

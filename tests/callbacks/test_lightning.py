@@ -91,6 +91,21 @@ def test_accumulated_micro_batches_make_one_step_with_their_mean_loss(tmp_path: 
     assert series(run, "tokens/step") == {1: 12.0, 2: 12.0, 3: 4.0}
 
 
+def test_steps_in_which_nothing_is_due_are_counted_as_batches_that_stepped(tmp_path: Path) -> None:
+    module = WithCriterion()
+    off = {"token_entropy", "surprisal", "token_table", "sample_table", "update_norm"}
+    every = {"training_vitals": 6, "gradient_norm": 9, **dict.fromkeys(off, False)}
+    callback = EntropyLensCallback(diagnostics=every, max_overhead=None)
+    trainer(tmp_path, callback, accumulate_grad_batches=2).fit(module, loader(48))
+    run = run_of(tmp_path)
+    assert list(series(run, "loss/mean")) == [1, 6, 12, 18, 24]
+    assert list(series(run, "gradient/norm/after_clip")) == [1, 9, 18]
+    for step, loss in series(run, "loss/mean").items():
+        first = 2 * step - 2
+        assert loss == pytest.approx(sum(module.losses[first : first + 2]) / 2, rel=1e-6)
+    assert run.status()[0].step == 24
+
+
 def test_manual_optimisation_has_the_loss_that_its_step_follows(tmp_path: Path) -> None:
     module = Manual()
     trainer(tmp_path, EntropyLensCallback(**FULL)).fit(module, loader())
@@ -301,6 +316,16 @@ def test_a_fault_of_ours_does_not_stop_the_training(
         "before step: RuntimeError": 8,
         "state: RuntimeError": 1,
     }
+
+
+def test_shapes_that_do_not_fit_stop_the_training_in_its_first_step(tmp_path: Path) -> None:
+    class Unaligned(Classifier):
+        def training_step(self, batch: Any, number: int) -> Any:
+            return {**super().training_step(batch, number), "targets": torch.zeros(7).long()}
+
+    with pytest.raises(ValueError, match=r"expected targets of shape \(4,\) .* got \(7,\)"):
+        trainer(tmp_path, EntropyLensCallback(**FULL)).fit(Unaligned(), loader())
+    assert run_of(tmp_path).state() == "failed"
 
 
 def test_samples_bear_the_names_of_the_batch(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from untouched.ranks import RANKS, STEPS, TRAININGS, batches, labels_of, model
 import entropylens as el
 from entropylens.store.query import series
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ranks")]
 
 NAMES = list(TRAININGS)
 

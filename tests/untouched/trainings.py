@@ -212,6 +212,24 @@ def compiled_outside(watch: Watch | None, folder: Path) -> Outcome:
     return loop(watch, folder, compiled, on_tokens())
 
 
+@training("plain", "compiled optimiser")
+def compiled_optimizer(watch: Watch | None, folder: Path) -> Outcome:
+    model, batches = tiny.llama(), tiny.token_batches()
+    optimizer = adamw(model)
+    step, losses = torch.compile(optimizer.step, backend="aot_eager"), []
+    with lens_over(watch, folder, model, optimizer) as lens:
+        for _ in range(STEPS):
+            tokens = next(batches)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if lens is not None:
+                lens.step()
+    return Outcome(model, [optimizer], [], losses, folder / "run" if watch else None)
+
+
 @training("plain", "peft")
 def peft(watch: Watch | None, folder: Path) -> Outcome:
     return loop(watch, folder, tiny.lora(tiny.llama()), on_tokens())
