@@ -250,7 +250,6 @@ class Lens:
         if self._unlooked and number == self._step + 1:
             self._unlooked -= 1
             self._step = number
-            self.watch.forget_calls()
             return
         began, session = perf_counter(), self._session
         if not session.due and began < session.wakes_at:

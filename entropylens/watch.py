@@ -218,7 +218,7 @@ class Watch:
         self._restart(number + 1)
 
     def forget_calls(self) -> None:
-        """End a step that is not even counted here."""
+        """Have `has_stepped` ask for new calls: a step that is not looked at leaves it as it is."""
         for tap in self._optimizers.values():
             tap.forget_calls()
 

@@ -841,7 +841,7 @@ def test_the_preset_says_what_it_may_cost(tmp_path: Path) -> None:
     "place",
     [
         "capture.forward.ModelTap._read_if_due",
-        "capture.optimizer.OptimizerTap._count_call",
+        "capture.optimizer.OptimizerTap._begin",
         "capture.optimizer.OptimizerTap._read_tensors",
     ],
 )

@@ -170,6 +170,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
             lens.aside("batch end", show, raises=True)
         if lens.watch.has_stepped:
             lens.step()
+            lens.watch.forget_calls()
             every = trainer.log_every_n_steps
             if self._reported is not None and every and lens.last_step % every == 0:
                 self._aside("forward", lambda: self._pass_on(trainer, lens))

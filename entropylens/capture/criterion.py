@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from entropylens.capture.forward import Forward, ForwardEvents, Hook, in_backward
 from entropylens.capture.tokens import LogitTokens
@@ -42,7 +43,7 @@ class CriterionTap:
     def _after_call(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        if torch.compiler.is_compiling() or not self._events.due:
+        if is_compiling() or not self._events.due:
             return
         if torch.is_grad_enabled() and not in_backward():
             self._guard("loss hook", lambda: self._read(args, kwargs))

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from entropylens.capture.head import backbone_of, bare, head_of, vocabulary_of
 from entropylens.capture.tokens import FusedTokens, Grid, HiddenTokens, LogitTokens, TokenSource
@@ -87,7 +88,7 @@ class ModelTap:
     def _after_forward(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._outside_graph(kwargs, output)
         else:
             self._read_if_due(kwargs, output)
@@ -98,7 +99,7 @@ class ModelTap:
 
     def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         # A break in the middle of a compiled model would change what is fused with what.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_compiling() or not torch.is_grad_enabled():
             return
         if "tokens" in self._events.due and not in_backward():
             self._guard("backbone hook", lambda: self._keep_hidden(output))

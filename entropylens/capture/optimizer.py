@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from entropylens.registry import GradientReading, UpdateReading
@@ -154,21 +154,21 @@ class OptimizerTap:
     # -- hooks -------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # Traced into a compiled step, counting its calls would compile it anew each time.
             return None
-        try:
-            return self._count_call(args, kwargs)
-        except Exception as error:
-            self._guard("optimizer pre-step hook", partial(_raise, error))
-            return None
-
-    def _count_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
         self.was_called = True
         self._before = None
         if self.calls > 1 or not self._events.due:
             return None
+        try:
+            return self._begin(args, kwargs)
+        except Exception as error:
+            self._guard("optimizer pre-step hook", partial(_raise, error))
+            return None
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._guard("optimizer pre-step hook", self._read_before)
@@ -180,7 +180,7 @@ class OptimizerTap:
         return (args[0], watched, *args[2:]), kwargs
 
     def _after_step(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and self._before is not None:
+        if self._before is not None:
             self._guard("optimizer post-step hook", self._read_after)
 
     def _read_within(self) -> None:
