@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyExperiment
 from torch import Tensor, nn
 
 import entropylens as el
@@ -66,6 +67,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         self._state: Mapping[str, Any] | None = None
         self._names: dict[int, str] = {}
         self._losses: list[Tensor] = []
+        self._stepped: set[str] = set()
+        """Optimisers that have stepped in the step in progress."""
+        self._has_saved = False
         self._reported: _Reported | None = None
 
     @property
@@ -90,7 +94,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
             optimizers,
             run_dir=self.run_dir or Path(trainer.default_root_dir) / "entropylens",
             state=state if is_resumed else None,
-            resume_step=_stepped(trainer) if is_resumed and state is None else None,
+            resume_step=_resumed_at(trainer) if is_resumed and state is None else None,
             reads=reads,
             **{"config": dict(pl_module.hparams), **_decoder(pl_module), **self.options},
         )
@@ -166,11 +170,11 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if lens is None:
             return
         if lens.watch.due:
-            show = partial(self._show_batch, pl_module, outputs, batch)
-            lens.aside("batch end", show, raises=True)
+            self._aside("batch end", lambda: self._show_batch(pl_module, outputs, batch))
         if lens.watch.has_stepped:
             lens.step()
             lens.watch.forget_calls()
+            self._stepped.clear()
             every = trainer.log_every_n_steps
             if self._reported is not None and every and lens.last_step % every == 0:
                 self._aside("forward", lambda: self._pass_on(trainer, lens))
@@ -193,8 +197,15 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave the checkpoint's time out of the next step's."""
-        if self.lens is not None:
+        """Leave the checkpoint's time, which begins here, out of the next step's."""
+        self._has_saved = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """After a checkpoint, begin to count a step's time anew."""
+        if self._has_saved and self.lens is not None:
+            self._has_saved = False
             self.lens.restart_clock()
 
     # -- within ------------------------------------------------------------------------------
@@ -209,6 +220,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
     def _show_before_step(self, trainer: Trainer, optimizer: Any, name: str) -> None:
         assert self.lens is not None
         losses, self._losses = self._losses, []
+        if name in self._stepped:
+            return
+        self._stepped.add(name)
         for loss in losses:
             self.lens.observe(loss=loss, loss_is_sum=True, optimizer=name)
         raw = unwrap_optimizer(_raw(optimizer))
@@ -225,7 +239,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
             # Lightning has divided it, at an epoch's end by more than there were micro-batches.
             self.lens.observe(loss=loss * pl_module.trainer.accumulate_grad_batches)
         shown: dict[str, Any] = {}
-        if isinstance(logits, Tensor) and isinstance(targets, Tensor):
+        if _are_scores(logits, targets):
+            if targets.shape != logits.shape[:-1]:
+                logits = logits.movedim(1, -1)
             shown = {"logits": logits, "targets": targets, "mask": found.get("mask")}
         ids = batch.get(self._sample_id) if self._sample_id and isinstance(batch, Mapping) else None
         if shown or ids is not None:
@@ -236,7 +252,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if values:
             for logger in trainer.loggers:
                 if logger is not self._reported:
-                    logger.log_metrics(values, step=lens.last_step - 1)
+                    logger.log_metrics(values, step=_counted(trainer))
 
     def _readable(self, pl_module: LightningModule) -> list[nn.Module]:
         if self._module is not None:
@@ -268,6 +284,11 @@ class _Reported(Logger):  # type: ignore[misc]
     def version(self) -> str:
         return ""
 
+    @property
+    def experiment(self) -> Any:
+        """Takes whatever a module does with its loggers' experiments, and does nothing."""
+        return DummyExperiment()
+
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self._trainer.evaluating:
             _log_evaluation(self._lens, metrics)
@@ -276,6 +297,16 @@ class _Reported(Logger):  # type: ignore[misc]
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def _are_scores(logits: Any, targets: Any) -> bool:
+    """Whether targets are classes of these logits, whose class axis is the last or, as in torch's
+    cross-entropy, the first after the batch: other trainings have things of these names, too.
+    """
+    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor) or logits.ndim < 2:
+        return False
+    fits = targets.shape in (logits.shape[:-1], logits.shape[:1] + logits.shape[2:])
+    return fits and not targets.is_floating_point() and targets.dtype != torch.bool
 
 
 def _log_evaluation(lens: el.Lens | None, metrics: Mapping[str, Any]) -> None:
@@ -297,9 +328,14 @@ def _unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
     return loss.detach() / scale if isinstance(scale, Tensor) else loss.detach().clone()
 
 
-def _stepped(trainer: Trainer) -> int:
-    """Batches in which an optimiser stepped so far, as Lightning counts them for its loggers."""
+def _counted(trainer: Trainer) -> int:
+    """Where Lightning's loggers are on their x axis."""
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _resumed_at(trainer: Trainer) -> int:
+    """Steps of a checkpoint that does not have our state; each of several optimisers has its own."""
+    return int(trainer.global_step) // max(len(trainer.optimizers), 1)
 
 
 def _decoder(pl_module: LightningModule) -> dict[str, Any]:

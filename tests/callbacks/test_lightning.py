@@ -2,12 +2,14 @@ import csv
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from untouched import tiny
@@ -262,7 +264,7 @@ def test_a_checkpoint_without_our_state_continues_at_its_step(tmp_path: Path) ->
         Classifier(), loader(), ckpt_path=str(checkpoint)
     )
     run = run_of(tmp_path)
-    assert run.metrics("loss/mean").to_arrow().num_rows == 2
+    assert list(series(run, "loss/mean")) == [7, 8]
     assert series(run, "tokens/seen") == {}
 
 
@@ -318,14 +320,72 @@ def test_a_fault_of_ours_does_not_stop_the_training(
     }
 
 
-def test_shapes_that_do_not_fit_stop_the_training_in_its_first_step(tmp_path: Path) -> None:
-    class Unaligned(Classifier):
+@pytest.mark.parametrize(
+    ("logits", "targets", "tokens"),
+    [
+        (torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5).long(), 40),
+        (torch.zeros(4, 3), torch.zeros(4, 3), None),
+        (torch.zeros(4), torch.zeros(4).long(), None),
+        (torch.zeros(4, 3), torch.zeros(7).long(), None),
+    ],
+    ids=["segmentation", "regression", "binary", "something else"],
+)
+def test_what_a_step_returns_under_these_names_is_read_only_where_it_is_classes(
+    tmp_path: Path, logits: Tensor, targets: Tensor, tokens: int | None
+) -> None:
+    class Returns(Classifier):
         def training_step(self, batch: Any, number: int) -> Any:
-            return {**super().training_step(batch, number), "targets": torch.zeros(7).long()}
+            loss = super().training_step(batch, number)["loss"]
+            return {"loss": loss, "logits": logits, "targets": targets}
 
-    with pytest.raises(ValueError, match=r"expected targets of shape \(4,\) .* got \(7,\)"):
-        trainer(tmp_path, EntropyLensCallback(**FULL)).fit(Unaligned(), loader())
-    assert run_of(tmp_path).state() == "failed"
+    trainer(tmp_path, EntropyLensCallback(**FULL)).fit(Returns(), loader())
+    run = run_of(tmp_path)
+    expected = {} if tokens is None else dict.fromkeys(range(1, 9), float(tokens))
+    assert series(run, "tokens/step") == expected
+    assert run.status()[0].faults == {}
+
+
+def test_an_optimiser_that_steps_thrice_in_a_batch_is_read_once(tmp_path: Path) -> None:
+    class Eager(Adversaries):
+        def training_step(self, batch: Any, number: int) -> None:
+            _, critic = self.optimizers()
+            for _ in range(3):
+                loss = self.keep((self.critic(batch[0]) - 1).square().mean())
+                critic.zero_grad()
+                self.manual_backward(loss)
+                critic.step()
+
+    module = Eager()
+    trainer(tmp_path, EntropyLensCallback(**FULL)).fit(module, loader())
+    run = run_of(tmp_path)
+    losses = series(run, "loss/mean", "optimizer1")
+    assert list(losses.values()) == pytest.approx(module.losses[::3], rel=1e-6)
+    for name in ("gradient/norm/before_clip", "gradient/norm/after_clip"):
+        assert run.metrics(name).to_arrow().num_rows == 8
+
+
+def test_a_module_may_use_the_experiments_of_all_loggers(tmp_path: Path) -> None:
+    class Draws(WithCriterion):
+        def on_train_batch_end(self, *_: Any) -> None:
+            for logger in self.loggers:
+                logger.experiment.log_metrics({"drawn": 1.0}, 0)
+
+    logger = pl.loggers.CSVLogger(str(tmp_path / "csv"))
+    trainer(tmp_path, EntropyLensCallback(**FULL), logger=logger).fit(Draws(), loader())
+    assert run_of(tmp_path).state() == "finished"
+
+
+def test_a_checkpoints_time_is_no_steps_time(tmp_path: Path) -> None:
+    class Slow(TorchCheckpointIO):  # type: ignore[misc]
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            sleep(0.5)
+            super().save_checkpoint(*args, **kwargs)
+
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=3)
+    trainer(tmp_path, EntropyLensCallback(**FULL), keep, enable_checkpointing=True,
+            plugins=[Slow()]).fit(Classifier(), loader())  # fmt: skip
+    seconds = series(run_of(tmp_path), "step/seconds")
+    assert all(seconds[step] < 0.4 for step in range(2, 9))
 
 
 def test_samples_bear_the_names_of_the_batch(tmp_path: Path) -> None:
