@@ -234,7 +234,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
     def _show_batch(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         assert self.lens is not None
         found = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
-        loss, logits, targets = (found.get(name) for name in ("loss", "logits", "targets"))
+        loss: Any = found.get("loss")
+        logits: Any = found.get("logits")
+        targets: Any = found.get("targets")
         if isinstance(loss, Tensor) and pl_module.automatic_optimization:
             # Lightning has divided it, at an epoch's end by more than there were micro-batches.
             self.lens.observe(loss=loss * pl_module.trainer.accumulate_grad_batches)
@@ -300,8 +302,9 @@ class _Reported(Logger):  # type: ignore[misc]
 
 
 def _are_scores(logits: Any, targets: Any) -> bool:
-    """Whether targets are classes of these logits, whose class axis is the last or, as in torch's
-    cross-entropy, the first after the batch: other trainings have things of these names, too.
+    """Whether targets are classes of these logits: other trainings have things so named, too.
+
+    The class axis is the last or, as in torch's cross-entropy, the first after the batch.
     """
     if not isinstance(logits, Tensor) or not isinstance(targets, Tensor) or logits.ndim < 2:
         return False
@@ -334,7 +337,7 @@ def _counted(trainer: Trainer) -> int:
 
 
 def _resumed_at(trainer: Trainer) -> int:
-    """Steps of a checkpoint that does not have our state; each of several optimisers has its own."""
+    """Steps by a checkpoint without our state; Lightning counts those of every optimiser."""
     return int(trainer.global_step) // max(len(trainer.optimizers), 1)
 
 
