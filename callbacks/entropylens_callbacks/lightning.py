@@ -1,7 +1,9 @@
 """Lightning: `EntropyLensCallback` for ``Trainer(callbacks=[...])``."""
 
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,7 +66,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         self._module, self._sample_id = module, sample_id
         self._forward = tuple(forward)
         self._is_fallback = is_fallback
-        self._state: Mapping[str, Any] | None = None
+        self._state: dict[str, Any] | None = None
+        self._state_of: weakref.ref[Trainer] | None = None
+        """The Trainer whose training the state stems from; None is a checkpoint's."""
         self._names: dict[int, str] = {}
         self._losses: list[Tensor] = []
         self._stepped: set[str] = set()
@@ -85,16 +89,14 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         others = [c for c in trainer.callbacks if isinstance(c, EntropyLensCallback)]
         if self._is_fallback and others[0] is not self:
             return
-        state, self._state = self._state, None
-        is_resumed = trainer.global_step > 0
+        state = self._take_state(trainer, pl_module)
         optimizers = trainer.optimizers
         reads = self._readable(pl_module)
         self.lens = el.Lens(
             pl_module,
             optimizers,
             run_dir=self.run_dir or Path(trainer.default_root_dir) / "entropylens",
-            state=state if is_resumed else None,
-            resume_step=_resumed_at(trainer) if is_resumed and state is None else None,
+            state=state,
             reads=reads,
             **{"config": dict(pl_module.hparams), **_decoder(pl_module), **self.options},
         )
@@ -126,18 +128,22 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with; everything measured so far is then in files."""
-        return self.lens.state_dict() if self.lens is not None else dict(self._state or {})
+        found: dict[str, Any] = {}
+        if self.lens is not None:
+            self.lens.aside("checkpoint", partial(_read_state, self.lens, found))
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it for the training that begins next."""
-        self._state = state_dict or None
+        self._state, self._state_of = state_dict or None, None
 
     def _close(self, trainer: Trainer, state: str, reason: str) -> None:
         if self._reported is not None and self._reported in trainer.loggers:
             trainer.loggers.remove(self._reported)
         if self.lens is not None:
             # Called again, fit goes on where this Trainer stopped.
-            self._aside("state", self._keep_state)
+            self._state, self._state_of = {}, weakref.ref(trainer)
+            self.lens.aside("state", partial(_read_state, self.lens, self._state))
             self.lens.close(state, reason)
         self.lens = self._reported = None
 
@@ -175,6 +181,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
             lens.step()
             lens.watch.forget_calls()
             self._stepped.clear()
+            self._losses.clear()
             every = trainer.log_every_n_steps
             if self._reported is not None and every and lens.last_step % every == 0:
                 self._aside("forward", lambda: self._pass_on(trainer, lens))
@@ -214,8 +221,18 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if self.lens is not None:
             self.lens.aside(where, work)
 
-    def _keep_state(self) -> None:
-        self._state = self.state_dict()
+    def _take_state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        """What this training goes on with; a new run at the Trainer's step if that is not known."""
+        found, self._state = self._state, None
+        owner: Any = trainer if self._state_of is None else self._state_of()
+        if not trainer.global_step:
+            return None
+        if not found or owner is not trainer:
+            return {"step": _resumed_at(trainer)}
+        if pl_module.automatic_optimization and found["step"] != trainer.global_step:
+            # A callback before ours saved before we had counted the step.
+            return {**found, "step": trainer.global_step, "tokens_seen": None}
+        return found
 
     def _show_before_step(self, trainer: Trainer, optimizer: Any, name: str) -> None:
         assert self.lens is not None
@@ -228,7 +245,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         raw = unwrap_optimizer(_raw(optimizer))
         # An optimiser that unscales by itself has scaled gradients still.
         is_scaled = getattr(raw, "_step_supports_amp_scaling", False)
-        if not (is_scaled and getattr(trainer.precision_plugin, "scaler", None)):
+        is_scaled = is_scaled and getattr(trainer.precision_plugin, "scaler", None) is not None
+        # In manual optimisation the module has clipped them already, if it does.
+        if trainer.lightning_module.automatic_optimization and not is_scaled:
             self.lens.watch.take_gradients(name)
 
     def _show_batch(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
@@ -251,10 +270,10 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
 
     def _pass_on(self, trainer: Trainer, lens: el.Lens) -> None:
         values = {f"entropylens/{n}": value for n, value in lens.take_latest().items()}
-        if values:
-            for logger in trainer.loggers:
-                if logger is not self._reported:
-                    logger.log_metrics(values, step=_counted(trainer))
+        others = [logger for logger in trainer.loggers if logger is not self._reported]
+        for logger in others if values else []:
+            tell = partial(logger.log_metrics, values, step=_counted(trainer))
+            lens.aside(f"forward to {type(logger).__name__}", tell)
 
     def _readable(self, pl_module: LightningModule) -> list[nn.Module]:
         if self._module is not None:
@@ -319,6 +338,10 @@ def _log_evaluation(lens: el.Lens | None, metrics: Mapping[str, Any]) -> None:
     if loss is not None:
         lens.log({"mean": loss}, source="loss", phase="eval")
     lens.log(loggable(metrics), source="framework", phase="eval")
+
+
+def _read_state(lens: el.Lens, found: dict[str, Any]) -> None:
+    found.update(lens.state_dict())
 
 
 def _raw(optimizer: Any) -> Any:

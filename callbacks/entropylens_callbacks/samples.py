@@ -78,7 +78,8 @@ class _Named:
 
     def _named(self, index: int, found: Mapping[str, Any]) -> dict[str, Any]:
         sample = dict(found)
-        sample[SAMPLE_ID] = index if self.column == "index" else sample[self.column]
+        name = index if self.column == "index" else sample[self.column]
+        sample[SAMPLE_ID] = name.item() if isinstance(name, Tensor) else name
         return sample
 
     def check(self) -> None:

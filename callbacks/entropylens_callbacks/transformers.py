@@ -1,6 +1,7 @@
 """Hugging Face Trainer and TRL: `attach`, ``report_to="entropylens"`` or `EntropyLensCallback`."""
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from entropylens_callbacks import HEADLINES, is_number, loggable
 from entropylens_callbacks.samples import name_samples, take_names, without_names
 
 __all__ = ["EntropyLensCallback", "attach"]
+
+log = logging.getLogger("entropylens")
 
 _STATE_FILE: Final = "entropylens-rank-{rank:03d}.pt"
 
@@ -85,7 +88,8 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run and hook model and optimiser."""
-        if self.trainer is None and self._sample_id is not None:
+        caller = _calling_trainer()
+        if self._sample_id is not None and caller is not None and caller is not self.trainer:
             raise ValueError(
                 "EntropyLensCallback: expected to join the trainer before its data loaders are "
                 "made, to name samples, got one that trains already; use attach(trainer, "
@@ -101,8 +105,12 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             kwargs.get("optimizer"),
             run_dir=self.run_dir or Path(args.output_dir) / "entropylens",
             state=found,
-            resume_step=state.global_step if found is None and state.global_step else None,
-            **{"config": args.to_sanitized_dict(), **text, **self.options},
+            **{
+                "config": args.to_sanitized_dict(),
+                **text,
+                **_temperature(self.trainer),
+                **self.options,
+            },
         )
         self.lens.watch.reads_loss = self.trainer is None
         self.lens.forward(*self._forward)
@@ -146,8 +154,8 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         self.close()
 
     def _join_caller(self) -> None:
-        trainer = _calling_trainer() if self.trainer is None else None
-        if trainer is not None:
+        trainer = _calling_trainer()
+        if trainer is not None and trainer is not self.trainer:
             _refuse_second(trainer, self)
             self.join(trainer)
 
@@ -195,6 +203,12 @@ def _refuse_second(trainer: Trainer, callback: EntropyLensCallback) -> None:
             "attach: expected a trainer without an EntropyLensCallback, got one that has it; "
             "attach once, or leave it out of callbacks= and report_to="
         )
+
+
+def _temperature(trainer: Trainer | None) -> dict[str, float]:
+    """At which the trainer's loss reads the logits, as those that sample have it."""
+    found: Any = getattr(trainer, "temperature", None)
+    return {"temperature": float(found)} if is_number(found) else {}
 
 
 def _calling_trainer() -> Trainer | None:
@@ -280,12 +294,21 @@ def _state_file(checkpoint: str) -> Path:
 
 
 def _load_state(checkpoint: str, step: int) -> dict[str, Any] | None:
-    """Our state at a step, if the checkpoint has it."""
-    path = _state_file(checkpoint)
-    if not step or not path.is_file():
+    """Our state at a step; of a checkpoint that does not have it the step alone, for a new run."""
+    if not step:
         return None
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found if found.get("step") == step else None
+    try:
+        found: dict[str, Any] = torch.load(_state_file(checkpoint), weights_only=True)
+        if found["step"] == step:
+            return found
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        log.warning(
+            "entropylens: expected our state in %s, got %s: %s; a new run begins at step %d",
+            _state_file(checkpoint), type(error).__name__, error, step,
+        )  # fmt: skip
+    return {"step": step}
 
 
 integration_utils.INTEGRATION_TO_CALLBACK["entropylens"] = EntropyLensCallback

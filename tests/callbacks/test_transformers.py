@@ -493,3 +493,41 @@ def test_overflows_are_skips_also_under_the_fused_optimiser_that_hides_them(
             after = series(run, "gradient/norm/after_clip")[step]
             before = series(run, "gradient/norm/before_clip")[step]
             assert after == pytest.approx(min(before, 1.0), rel=1e-3)
+
+
+def test_a_damaged_state_costs_the_continuation_and_not_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = trainer(tmp_path, save_strategy="steps", save_steps=4)
+    attach(found, preset="full")
+    found.train()
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    (checkpoint / "entropylens-rank-000.pt").write_bytes(b"torn")
+    again = trainer(tmp_path)
+    attach(again, preset="full")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert any("expected our state in" in message for message in caplog.messages)
+    assert list(series(run_of(found), "loss/mean")) == [1, 2, 3, 4, 5, 6]
+    assert list(series(run_of(again, "entropylens-2"), "loss/mean")) == [5, 6]
+
+
+def test_a_checkpoint_without_our_state_rewinds_nobodys_run(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    first = trainer(tmp_path)
+    attach(first, preset="full")
+    first.train()
+    other = trainer(tmp_path)
+    attach(other, preset="full")
+    other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert list(series(run_of(first), "loss/mean")) == [1, 2, 3, 4, 5, 6]
+    assert list(series(run_of(other, "entropylens-2"), "loss/mean")) == [5, 6]
+
+
+def test_one_callback_object_sees_everything_of_a_second_trainer(tmp_path: Path) -> None:
+    callback = EntropyLensCallback(tmp_path / "run", sample_id="name", preset="full")
+    for number in (1, 2):
+        trainer(tmp_path / str(number), callbacks=[callback]).train()
+    run = el.open_run(tmp_path / "run-2")
+    assert list(series(run, "loss/mean")) == [1, 2, 3, 4, 5, 6]
+    assert list(series(run, "gradient/norm/before_clip")) == [1, 2, 3, 4, 5, 6]
+    assert None not in run.samples().to_arrow()["sample_id"].to_pylist()
