@@ -82,7 +82,8 @@ class Lens:
         temperature: The temperature at which the loss reads the logits.
         seed: Of the choice of rows; the training's own generators are never touched.
         reads: Modules whose training forwards are read, by default the model: language models and
-            classifiers as above, or `torch.nn.CrossEntropyLoss`.
+            classifiers as above, or `torch.nn.CrossEntropyLoss`. Tokens are taken of the first that
+            shows any. Of a compiled model give what `torch.compile` returned.
         rank: Of this process; by default torch.distributed's. Given, ranks do not meet: each needs
             the same new ``run_dir``.
         world_size: Number of processes; by default torch.distributed's.

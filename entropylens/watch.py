@@ -28,6 +28,15 @@ _MOST_UNSEEN: Final = 1000
 """Steps without a call of the optimiser, before its first, that are remembered as skipped."""
 
 
+_SILENT_STEPS: Final = 2
+"""Of token statistics due without a token; a model without logits shows some in the second."""
+_NOTHING_SEEN: Final = (
+    "no token statistics: nothing that was read showed logits and the classes they are scored on; "
+    "pass logits and targets by hand (in Lightning: return them from training_step), name the "
+    "module that has them, and of a compiled model give what torch.compile returned"
+)
+
+
 class Watch:
     """Gathers what taps and the loop show of a step, and has it measured when the step ends.
 
@@ -58,6 +67,9 @@ class Watch:
         self._unseen: dict[str, list[Stamp]] = {}
         self._micro_batches = 1
         self._gradient_norms: dict[str, Tensor | float] = {}
+        self._reader: object = None
+        """The tap whose tokens are taken: the first that showed any."""
+        self._silent_steps = 0
         self._is_shown = False
         self._number = 0
         self._open = MicroBatches()
@@ -108,7 +120,8 @@ class Watch:
             return
         if self.reads_loss and forward.loss is not None and "step" in self.due:
             self._open.add_loss(forward.loss, is_sum=forward.loss_is_sum)
-        if forward.tokens is not None:
+        if forward.tokens is not None and self._reader in (None, forward.tap):
+            self._reader = forward.tap
             ids, self.next_sample_ids, self.next_labels = self.next_sample_ids, None, None
             self._take_tokens(forward.tokens, ids)
 
@@ -248,6 +261,8 @@ class Watch:
             if opened.measured:
                 self._micro_batches = opened.measured
                 session.measure("tokens", opened.reading)
+            elif "tokens" in session.due:
+                self._note_silence(stamp)
             self.take_gradient_norm(gradient_norm)
             session.measure("step", lambda: self._step_reading(loss, seconds))
         finally:
@@ -259,6 +274,13 @@ class Watch:
             self.reads_loss = False
         if self._is_shown and not self.reads_loss:
             self._remove_taps()
+
+    def _note_silence(self, stamp: Stamp) -> None:
+        """Say once that nothing has been seen of any token, in case somebody waits for it."""
+        has_seen = self._reader is not None or self._is_shown
+        self._silent_steps += 1
+        if self._silent_steps == _SILENT_STEPS and not has_seen:
+            self._session.writer.event("capture", _NOTHING_SEEN, step=stamp.step)
 
     def _note_skipped(self, stamp: Stamp) -> None:
         """Steps before an optimiser's first call were skipped, if that call comes at all."""

@@ -501,10 +501,11 @@ def test_a_sharded_norm_is_a_counted_fault_and_the_rest_is_written(tmp_path: Pat
     assert run.status()[0].faults == {"gradient norm: TypeError": 1}
 
 
-def test_a_model_compiled_after_the_lens_is_read_all_the_same(tmp_path: Path) -> None:
+def test_a_compiled_model_is_read_from_outside_of_its_graph(tmp_path: Path) -> None:
     model = Model().eval()
     compiled = torch.compile(model, backend="eager")
-    with el.Lens(model, run_dir=tmp_path / "run", preset="full", max_overhead=None) as lens:
+    watched: Any = compiled
+    with el.Lens(watched, run_dir=tmp_path / "run", preset="full", max_overhead=None) as lens:
         for tokens in batches(10):
             compiled(tokens, labels=tokens)
             lens.step()
@@ -840,7 +841,7 @@ def test_the_preset_says_what_it_may_cost(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "capture.forward.ModelTap._read_if_due",
+        "capture.forward.ModelTap._after_forward",
         "capture.optimizer.OptimizerTap._begin",
         "capture.optimizer.OptimizerTap._read_tensors",
     ],
@@ -856,3 +857,33 @@ def test_whatever_a_hook_raises_stays_in_it(
     run = el.open_run(tmp_path / "run")
     assert list(series(run, "step/seconds")) == [1, 2, 3]
     assert sum(run.status()[0].faults.values()) == 3
+
+
+def test_a_model_tapped_within_a_compiled_graph_leaves_it_whole_and_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    model, _ = classifier()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full", max_overhead=None) as lens:
+        for _ in range(3):
+            compiled(torch.ones(2, 4))
+            lens.step(1.0)
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "entropy/token/mean") == {}
+    (event,) = (e for e in table_of(run, "events").to_pylist() if e["kind"] == "capture")
+    assert "of a compiled model give what torch.compile returned" in event["message"]
+    assert run.status()[0].faults == {}
+
+
+def test_a_loss_module_beside_a_model_that_shows_tokens_is_not_counted_again(
+    tmp_path: Path,
+) -> None:
+    model, criterion = Model().eval(), nn.CrossEntropyLoss()
+    tokens = next(batches(1))
+    with el.Lens(model, run_dir=tmp_path / "run", preset="full", reads=[model, criterion]) as lens:
+        logits = model(tokens, labels=tokens).logits
+        criterion(logits[:, 0], tokens[:, 1])
+        lens.step(1.0)
+    run = el.open_run(tmp_path / "run")
+    assert series(run, "tokens/step") == {1: 44.0}
+    assert [e for e in table_of(run, "events").to_pylist() if e["kind"] == "capture"] == []

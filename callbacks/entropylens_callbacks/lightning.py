@@ -33,9 +33,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
 
     Entropy and its kin need logits and targets. They are read, in this order, from what
     ``training_step`` returns as ``{"loss": ..., "logits": ..., "targets": ...}``; from the training
-    forwards of the module called ``module``; else of the one language model or classifier of
-    transformers with trainable parameters within the LightningModule; else from its
-    `torch.nn.CrossEntropyLoss` modules.
+    forwards of the module called ``module``; else of the one model of transformers with trainable
+    parameters within the LightningModule, if it is given labels, or of its
+    `torch.nn.CrossEntropyLoss` modules, whichever shows tokens first.
 
     Args:
         run_dir: Where the log goes; by default ``<default_root_dir>/entropylens``.
@@ -105,8 +105,6 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         self._losses = []
         self.lens.watch.reads_loss = False
         self.lens.forward(*self._forward)
-        if not reads:
-            self.lens.event("capture", _NOTHING_TO_READ, severity="warning")
         if trainer.loggers:
             self._reported = _Reported(self.lens, trainer)
             trainer.loggers.append(self._reported)
@@ -279,15 +277,8 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if self._module is not None:
             return [pl_module.get_submodule(self._module)]
         models = _outermost_models(pl_module)
-        if models:
-            return models if len(models) == 1 else []
-        return [m for m in pl_module.modules() if isinstance(m, nn.CrossEntropyLoss)]
-
-
-_NOTHING_TO_READ: Final = (
-    "no module was found whose outputs can be read for token statistics: return 'logits' and "
-    "'targets' from training_step, or name the module with EntropyLensCallback(module=...)"
-)
+        criteria = [m for m in pl_module.modules() if isinstance(m, nn.CrossEntropyLoss)]
+        return [*(models if len(models) == 1 else []), *criteria]
 
 
 class _Reported(Logger):  # type: ignore[misc]

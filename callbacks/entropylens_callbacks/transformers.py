@@ -105,6 +105,7 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             kwargs.get("optimizer"),
             run_dir=self.run_dir or Path(args.output_dir) / "entropylens",
             state=found,
+            reads=[_called(self.trainer, kwargs["model"])],
             **{
                 "config": args.to_sanitized_dict(),
                 **text,
@@ -203,6 +204,12 @@ def _refuse_second(trainer: Trainer, callback: EntropyLensCallback) -> None:
             "attach: expected a trainer without an EntropyLensCallback, got one that has it; "
             "attach once, or leave it out of callbacks= and report_to="
         )
+
+
+def _called(trainer: Trainer | None, model: Any) -> Any:
+    """What the trainer calls: a compiled model is read from outside of its graph."""
+    wrapped = getattr(trainer, "model_wrapped", None)
+    return model if getattr(wrapped, "_orig_mod", None) is None else wrapped
 
 
 def _temperature(trainer: Trainer | None) -> dict[str, float]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from entropylens.capture.forward import Forward, ForwardEvents, Hook, in_backward
 from entropylens.capture.tokens import LogitTokens
@@ -43,9 +42,7 @@ class CriterionTap:
     def _after_call(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        if is_compiling() or not self._events.due:
-            return
-        if torch.is_grad_enabled() and not in_backward():
+        if self._events.due and torch.is_grad_enabled() and not in_backward():
             self._guard("loss hook", lambda: self._read(args, kwargs))
 
     def _read(self, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -60,4 +57,4 @@ class CriterionTap:
         tokens = LogitTokens.of(
             logits.detach().movedim(1, -1), targets.detach(), targets != self._ignored
         )
-        self._events.take_forward(Forward(loss=None, tokens=tokens, loss_is_sum=False))
+        self._events.take_forward(Forward(tap=self, loss=None, tokens=tokens, loss_is_sum=False))

@@ -21,6 +21,8 @@ _IGNORED = -100
 class Forward:
     """One training forward: what the output and the arguments hold, each detached."""
 
+    tap: object
+    """Who saw it."""
     loss: Tensor | None
     tokens: TokenSource | None
     loss_is_sum: bool
@@ -47,8 +49,7 @@ class ModelTap:
 
     Generation, evaluation and reference passes run without gradients and are not seen; nor are
     forwards that are run again within the backward pass (gradient checkpointing of a whole model).
-    A model that is compiled breaks its graph at the tapped model's end; with ``fullgraph=True`` tap
-    what `torch.compile` returned.
+    Within a compiled graph nothing is read: tap what `torch.compile` returned.
 
     Read are outputs with ``logits`` and ``loss``, as transformers' models give them, those of TRL's
     fused head (``log_probs`` and ``entropy`` instead of logits), and those of causal models that
@@ -71,8 +72,6 @@ class ModelTap:
         self._is_shifted = _predicts_next_token(model)
         self._hidden: Tensor | None = None
         self._watches_backbone = False
-        # Traced into a compiled model's graph, our clocks and counters would be frozen in it.
-        self._outside_graph = torch.compiler.disable(self._read_if_due)
         hook = Hook(self._after_forward, guard)
         self._handles = [model.register_forward_hook(hook, with_kwargs=True)]
 
@@ -88,20 +87,11 @@ class ModelTap:
     def _after_forward(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        if is_compiling():
-            self._outside_graph(kwargs, output)
-        else:
-            self._read_if_due(kwargs, output)
-
-    def _read_if_due(self, kwargs: Mapping[str, Any], output: Any) -> None:
         if self._events.due and torch.is_grad_enabled() and not in_backward():
             self._guard("forward hook", lambda: self._read(kwargs, output))
 
     def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A break in the middle of a compiled model would change what is fused with what.
-        if is_compiling() or not torch.is_grad_enabled():
-            return
-        if "tokens" in self._events.due and not in_backward():
+        if "tokens" in self._events.due and torch.is_grad_enabled() and not in_backward():
             self._guard("backbone hook", lambda: self._keep_hidden(output))
 
     def _keep_hidden(self, output: Any) -> None:
@@ -118,6 +108,7 @@ class ModelTap:
             return
         self._events.take_forward(
             Forward(
+                tap=self,
                 loss=None if loss is None else loss.detach(),
                 tokens=tokens,
                 loss_is_sum=kwargs.get("num_items_in_batch") is not None,
@@ -218,7 +209,9 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         """Run, unless this is a copy."""
-        if self._run is None or self._guard is None:
+        # Within a compiled graph it does nothing: to leave the graph for it would change what is
+        # fused with what, and the numbers with it, or be refused (fullgraph).
+        if is_compiling() or self._run is None or self._guard is None:
             return
         try:
             self._run(*args)
