@@ -7,24 +7,40 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-__all__ = ["name_samples", "take_names", "without_names"]
+__all__ = ["check_names", "name_samples", "take_names", "without_names"]
 
 SAMPLE_ID: Final = "entropylens_sample_id"
 
 
+def check_names(trainer: Trainer, column: str) -> None:
+    """Refuse a training set whose samples cannot be named by ``column``.
+
+    Raises:
+        ValueError: The training set is not map-style, has no mappings, or no such column.
+    """
+    _Named(trainer.train_dataset, column).check()
+
+
 def name_samples(trainer: Trainer, column: str) -> None:
     """Have every batch of ``trainer`` carry an identifier of each of its samples.
+
+    A `datasets.Dataset` stays one, with a column more: trainers ask for its kind, and sort it by
+    length. Any other set is wrapped.
 
     Args:
         trainer: Its training set, its collator and its list of kept columns are replaced.
         column: A column of the training set, or ``"index"`` for the row number.
 
     Raises:
-        ValueError: The training set is not map-style, has no mappings, or no such column.
+        ValueError: As `check_names`.
     """
-    source = _Named(trainer.train_dataset, column)
-    source.check()
-    trainer.train_dataset = source
+    check_names(trainer, column)
+    dataset = trainer.train_dataset
+    if type(dataset).__module__.startswith("datasets.") and dataset.format["type"] is None:
+        names = range(len(dataset)) if column == "index" else dataset[column]
+        trainer.train_dataset = dataset.add_column(SAMPLE_ID, [str(name) for name in names])
+    else:
+        trainer.train_dataset = _Named(dataset, column)
     trainer.data_collator = _NamingCollator(trainer.data_collator)
     # Columns that forward() does not take are dropped unless they are in this list.
     trainer._set_signature_columns_if_needed()

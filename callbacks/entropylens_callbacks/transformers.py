@@ -13,7 +13,12 @@ from transformers.integrations import integration_utils
 
 import entropylens as el
 from entropylens_callbacks import HEADLINES, is_number, loggable
-from entropylens_callbacks.samples import name_samples, take_names, without_names
+from entropylens_callbacks.samples import (
+    check_names,
+    name_samples,
+    take_names,
+    without_names,
+)
 
 __all__ = ["EntropyLensCallback", "attach"]
 
@@ -58,12 +63,14 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer: Trainer | None = None
         self._sample_id, self._forward = sample_id, tuple(forward)
         self._resumes_from: str | None = None
+        self._names_samples = False
 
     def join(self, trainer: Trainer) -> None:
         """Take the first place among a trainer's callbacks, and see its losses and its clipping."""
         self.trainer = trainer
+        self._names_samples = self._sample_id is not None
         if self._sample_id is not None:
-            name_samples(trainer, self._sample_id)
+            check_names(trainer, self._sample_id)
         callbacks = trainer.callback_handler.callbacks
         # What is added to a log reaches only the callbacks behind.
         callbacks[:] = [self, *(c for c in callbacks if c is not self)]
@@ -73,6 +80,12 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             trainer.accelerator.clip_grad_norm_, self
         )
         trainer.train = _watched_training(trainer.train, self)
+
+    def name_samples(self) -> None:
+        """Name the samples, once: when training begins, for constructors use the set as it is."""
+        if self._names_samples and self.trainer is not None and self._sample_id is not None:
+            self._names_samples = False
+            name_samples(self.trainer, self._sample_id)
 
     def close(self, state: str = "finished", reason: str = "") -> None:
         """End the run's log and take the hooks out of the model and the optimiser."""
@@ -276,6 +289,7 @@ def _watched_training(train: Callable[..., Any], callback: EntropyLensCallback) 
     def watched(*args: Any, **kwargs: Any) -> Any:
         asked = args[0] if args else kwargs.get("resume_from_checkpoint")
         callback._resumes_from = str(asked) if isinstance(asked, str | Path) else None
+        callback.name_samples()
         try:
             return train(*args, **kwargs)
         except BaseException as error:

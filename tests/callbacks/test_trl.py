@@ -10,7 +10,7 @@ from untouched.in_transformers import dpo, sft
 from untouched.trainings import STEPS
 
 import entropylens as el
-from entropylens_callbacks.transformers import attach
+from entropylens_callbacks.transformers import EntropyLensCallback, attach
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -118,7 +118,7 @@ def test_preference_pairs_are_named_chosen_and_rejected(tmp_path: Path) -> None:
 def test_the_chosen_row_is_the_one_that_bears_the_name(tmp_path: Path) -> None:
     trainer = dpo(tmp_path)
     run = trained(trainer, tmp_path, sample_id="index")
-    rows = trainer.train_dataset.dataset
+    rows = trainer.train_dataset
     for row in run.samples().to_arrow().to_pylist():
         number, part = row["sample_id"].split("/")
         # The end of the sequence is scored as well.
@@ -131,3 +131,22 @@ def test_accumulated_entropies_are_weighted_by_tokens_where_trl_averages(tmp_pat
     run = trained(trainer, tmp_path)
     assert series(run, "entropy/token/mean") == pytest.approx(logged(trainer, "entropy"), abs=2e-3)
     assert series(run, "surprisal/token/mean") == pytest.approx(series(run, "loss/mean"), rel=1e-5)
+
+
+def test_a_callback_that_names_samples_leaves_a_constructor_its_training_set(
+    tmp_path: Path,
+) -> None:
+    """DPO with precomputed reference log-probabilities replaces the set after we have joined."""
+    callback = EntropyLensCallback(tmp_path / "run", sample_id="index", preset="full")
+    trainer = dpo(tmp_path, precompute_ref_log_probs=True, callbacks=[callback])
+    trainer.train()
+    names = el.open_run(tmp_path / "run").samples().to_arrow()["sample_id"].to_pylist()
+    assert names
+    assert None not in names
+
+
+def test_projected_rows_are_at_the_temperature_of_the_loss(tmp_path: Path) -> None:
+    trainer = sft(tmp_path)
+    trainer.temperature = 0.5
+    run = trained(trainer, tmp_path)
+    assert run.config["temperature"] == 0.5

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
@@ -161,11 +162,14 @@ def fit(
     *,
     batches: int = STEPS,
     compiled: str | None = None,
+    saves: bool = False,
     **options: Any,
 ) -> Outcome:
     module = make()
     model = torch.compile(module, backend=compiled) if compiled else module
-    callback = [] if watch is None else [EntropyLensCallback(folder / "run", **watch)]
+    callback: list[Any] = [EntropyLensCallback(folder / "run", **watch)] if watch else []
+    if saves:
+        callback.append(ModelCheckpoint(folder / "kept", every_n_train_steps=3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
@@ -174,7 +178,7 @@ def fit(
             logger=pl.loggers.CSVLogger(str(folder / "csv")),
             log_every_n_steps=3,
             val_check_interval=batches // 2,
-            enable_checkpointing=False,
+            enable_checkpointing=saves,
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=callback,
@@ -195,6 +199,11 @@ def mixed() -> list[Any]:
 @training("lightning", "automatic")
 def automatic(watch: Watch | None, folder: Path) -> Outcome:
     return fit(watch, folder, Classifier, gradient_clip_val=0.5)
+
+
+@training("lightning", "saving checkpoints")
+def saving(watch: Watch | None, folder: Path) -> Outcome:
+    return fit(watch, folder, Classifier, saves=True)
 
 
 @training("lightning", "accumulation")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from untouched import tiny
@@ -48,7 +49,7 @@ def hf(folder: Path, model: Any = None, samples: Any = None, **options: Any) -> 
             model or tiny.llama(),
             args=TrainingArguments(str(folder / "out"), **{**COMMON, **options}),
             train_dataset=samples or tiny.token_samples(),
-            eval_dataset=(samples or tiny.token_samples())[:8],
+            eval_dataset=tiny.token_samples()[:8],
         )
 
 
@@ -56,6 +57,29 @@ def hf(folder: Path, model: Any = None, samples: Any = None, **options: Any) -> 
 def usual(watch: Watch | None, folder: Path) -> Outcome:
     trainer = hf(folder, eval_strategy="steps", eval_steps=5)
     return trained(watch, folder, trainer, **({"sample_id": "name"} if watch else {}))
+
+
+@training("transformers", "grouped by length")
+def grouped(watch: Watch | None, folder: Path) -> Outcome:
+    rows = [{**s, "length": number % 7} for number, s in enumerate(tiny.token_samples())]
+    samples = Dataset.from_list([{k: v for k, v in row.items() if k != "name"} for row in rows])
+    options = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
+    trainer = hf(folder, samples=samples, **options)
+    trainer.compute_loss = _without_length(trainer.compute_loss)
+    return trained(watch, folder, trainer, **({"sample_id": "index"} if watch else {}))
+
+
+def _without_length(compute_loss: Any) -> Any:
+    def shorn(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rest = {name: value for name, value in inputs.items() if name != "length"}
+        return compute_loss(model, rest, *args, **kwargs)
+
+    return shorn
+
+
+@training("transformers", "saving checkpoints")
+def saving(watch: Watch | None, folder: Path) -> Outcome:
+    return trained(watch, folder, hf(folder, save_strategy="steps", save_steps=4))
 
 
 @training("transformers", "accumulation")
@@ -135,7 +159,7 @@ def sft(folder: Path, peft_config: Any = None, **options: Any) -> Any:
         )
 
 
-def dpo(folder: Path, peft_config: Any = None, **options: Any) -> Any:
+def dpo(folder: Path, peft_config: Any = None, callbacks: Any = None, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return DPOTrainer(
@@ -145,6 +169,7 @@ def dpo(folder: Path, peft_config: Any = None, **options: Any) -> Any:
             train_dataset=tiny.preferences(),
             processing_class=tiny.tokenizer(),
             peft_config=peft_config,
+            callbacks=callbacks,
         )
 
 
