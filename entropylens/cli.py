@@ -266,6 +266,46 @@ def compact(run: RunPath, as_json: Json = False) -> None:
 
 
 @app.command()
+def dashboard(
+    folder: Annotated[Path, typer.Argument(help="The runs, in folders below too.")] = Path(),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The next free one where it is taken.")] = 8050,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Asked of visitors; other users see it here, not in ENTROPYLENS_TOKEN."),
+    ] = None,
+    url_prefix: Annotated[str, typer.Option(help="Path that all addresses begin with.")] = "/",
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name it may be called by; may be repeated."),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page.")] = False,
+) -> None:
+    """Serve the live dashboard of a folder of runs, until Ctrl-C.
+
+    Only this machine can reach it, unless --host says otherwise; it then demands a token, and
+    makes and prints one if none is given.
+    """
+    try:
+        import entropylens_dashboard.app  # noqa: F401 - needs more packages than serving does
+        from entropylens_dashboard.serving import serve
+    except ModuleNotFoundError as error:
+        raise EntropyLensError(
+            f"dashboard: expected the dashboard's packages, found no {error.name}; "
+            f"pip install 'entropylens[dashboard]'"
+        ) from None
+    serve(
+        folder,
+        host=host,
+        port=port,
+        token=token,
+        prefix=url_prefix,
+        allowed_hosts=allowed_host or (),
+        open_browser=open_browser,
+    )
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; 300.")] = None,

@@ -7,12 +7,11 @@ from pathlib import Path
 from string import Template
 from typing import Any, Final
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+from plotly.utils import PlotlyJSONEncoder
 
 import entropylens
 from entropylens.analysis.overview import (
-    Curve,
     Overview,
     number,
     read_overview,
@@ -20,7 +19,8 @@ from entropylens.analysis.overview import (
     started,
 )
 from entropylens.dictionary import definitions
-from entropylens.figures.series import Line, Span, band_figure, line_figure
+from entropylens.figures.drawing import Axis, Drawn, Span, draw, figure
+from entropylens.figures.panels import EVALUATION, PANELS, Panel, unit_of
 from entropylens.store.layout import write_atomically
 from entropylens.store.reader import Run
 
@@ -65,95 +65,42 @@ def write_report(run: Run, path: str | Path) -> Path:
     return target
 
 
-Picture = tuple[str, Sequence[str], go.Figure]
+Picture = tuple[str, Sequence[str], dict[str, Any]]
 """A title, the metrics drawn, and the figure."""
 
 
 def _figures(found: Overview) -> Iterator[tuple[str, Picture]]:
-    curves, spans = found.curves, _spans(found)
-
-    def lines(*wanted: tuple[str, str, str]) -> list[Line]:
-        return [
-            Line(label, curves[name], colour, points=_is_sparse(curves[name], found.last_step))
-            for name, label, colour in wanted
-            if name in curves
-        ]
-
-    def plain(
-        title: str, unit: str, *wanted: tuple[str, str, str], logarithmic: bool = False
-    ) -> Picture | None:
-        drawn = lines(*wanted)
-        names = [name for name, _, _ in wanted if name in curves]
-        if not drawn:
-            return None
-        return title, names, line_figure(drawn, unit=unit, spans=spans, logarithmic=logarithmic)
-
-    pictures = {
-        "loss": _loss_picture(found, spans),
-        "entropy": _entropy_picture(found, spans),
-        "rate": plain("Learning rate", "1", ("learning_rate", "learning rate", "green")),
-        "gradient": plain(
-            "Gradient norm",
-            "1",
-            ("gradient/norm/before_clip", "before clipping", "blue"),
-            ("gradient/norm/after_clip", "after clipping", "orange"),
-            logarithmic=True,
-        ),
-        "surprise": plain(
-            "Surprisal gap: is the model more surprised than it expects to be?",
-            "nats",
-            ("surprisal_gap/mean", "mean of -log p - H", "purple"),
-        ),
-        "update": plain(
-            "Size of an update against the weights",
-            "1",
-            ("update/relative_norm", "update norm / weight norm", "blue"),
-            logarithmic=True,
-        ),
-        "speed": plain(
-            "Throughput",
-            "tokens/s",
-            ("throughput/tokens_per_second", "tokens per second", "green"),
-        ),
-        "cost": plain(
-            "What the monitor takes of wall time",
-            "1",
-            ("overhead/fraction", "share of wall time", "grey"),
-        ),
-    }
-    for key, picture in pictures.items():
-        if picture is not None:
-            picture[2].update_xaxes(range=[0, found.last_step * 1.01])
-            yield key, picture
+    spans = _spans(found)
+    axis = Axis(within=(0, found.last_step * 1.01))
+    for panel in PANELS:
+        drawn = list(_drawn(found, panel))
+        if drawn:
+            names = list(dict.fromkeys(one.shown.name for one in drawn))
+            picture = figure(
+                drawn,
+                unit=unit_of(names[-1]),
+                axis=axis,
+                logarithmic=panel.logarithmic,
+                reference=panel.reference,
+                spans=spans,
+            )
+            picture["layout"]["height"] = 300
+            yield panel.key, (panel.title, names, picture)
 
 
-def _loss_picture(found: Overview, spans: Sequence[Span]) -> Picture | None:
-    if "loss/mean" not in found.curves:
-        return None
-    drawn = [Line("training loss", found.curves["loss/mean"], "blue")]
-    if "loss/mean" in found.evaluation:
-        drawn.append(Line("evaluation loss", found.evaluation["loss/mean"], "orange", points=True))
-    return "Loss", ["loss/mean"], line_figure(drawn, unit="nats", spans=spans)
-
-
-def _entropy_picture(found: Overview, spans: Sequence[Span]) -> Picture | None:
-    mean = found.curves.get("entropy/token/mean")
-    if mean is None:
-        return None
-    levels = ("p05", "p25", "p50", "p75", "p95")
-    names = {level: f"entropy/token/{level}" for level in levels}
-    quantiles = {k: found.curves[name] for k, name in names.items() if name in found.curves}
-    figure = band_figure(quantiles, mean, unit="nats", label="mean entropy", spans=spans)
-    return "Token entropy", ["entropy/token/mean", "entropy/token/p05"], figure
+def _drawn(found: Overview, panel: Panel) -> Iterator[Drawn]:
+    for shown in panel.series:
+        curves = found.evaluation if shown.phase == EVALUATION else found.curves
+        if shown.name in curves:
+            curve = curves[shown.name]
+            yield draw(shown, curve.steps, curve.values, key=shown.name)
 
 
 def _spans(found: Overview) -> list[Span]:
     worst = sorted(found.spikes, key=lambda s: s.start)[:12]
-    return [Span(s.start, s.end or found.last_step, "loss out of range") for s in worst]
-
-
-def _is_sparse(curve: Curve, last_step: int) -> bool:
-    return len(curve.steps) < 60 or len(curve.steps) * 5 < last_step
+    return [
+        Span(s.start - 0.5, (s.end or found.last_step) + 0.5, "loss out of range") for s in worst
+    ]
 
 
 def _facts(found: Overview) -> str:
@@ -262,10 +209,7 @@ def _table(title: str, note: str, heads: Sequence[str], rows: Sequence[Sequence[
     )
 
 
-def _as_script(figures: Mapping[str, go.Figure]) -> str:
+def _as_script(figures: Mapping[str, dict[str, Any]]) -> str:
     """Figures as JSON that may stand in a script: no tag can begin or end in it."""
-    plain: dict[str, Any] = {key: json.loads(figure.to_json()) for key, figure in figures.items()}
-    for figure in plain.values():
-        figure["layout"].pop("template", None)
-    text = json.dumps(plain, separators=(",", ":"))
+    text = json.dumps(figures, cls=PlotlyJSONEncoder, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,0 +1,137 @@
+"""`create_app`: the Dash app over one folder of runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+import dash_mantine_components as dmc
+from dash import Dash, Input, Output, State, dcc, html
+
+from entropylens_dashboard import exports
+from entropylens_dashboard.desk import Desk
+from entropylens_dashboard.library import Library
+from entropylens_dashboard.pages import compare, panels, runs, series, vitals
+from entropylens_dashboard.readings import Readings
+
+__all__ = ["create_app"]
+
+_ASSETS: Final = Path(__file__).with_name("assets")
+_SHEETS: Final = {"vitals": vitals.sheet, "compare": compare.sheet, "series": series.sheet}
+_KEYS: Final = (
+    ("r", "the list of runs"),
+    ("c", "compare the chosen runs"),
+    ("/", "filter, or the first field"),
+    ("u", "show the whole range again"),
+    ("d", "dark or light"),
+    ("p", "print"),
+    ("?", "this help"),
+    ("Tab, Enter", "from one control to the next, and use it"),
+)
+
+
+def create_app(folder: str | Path, *, prefix: str = "/") -> Dash:
+    """The dashboard of one folder of runs, as a WSGI app in ``app.server``.
+
+    Nothing on which an answer depends is kept between requests, so that any number of processes
+    may serve the same folder. Use `entropylens_dashboard.create_server` to have it guarded.
+
+    Args:
+        folder: Holds the runs, in folders below too; is only read.
+        prefix: Path that the app lives under, with a slash at both ends.
+
+    Returns:
+        The app.
+
+    Raises:
+        EntropyLensError: There is no such folder.
+    """
+    desk = Desk(Library(folder), Readings(), prefix)
+    app = Dash(
+        "entropylens",
+        assets_folder=str(_ASSETS),
+        requests_pathname_prefix=prefix,
+        routes_pathname_prefix=prefix,
+        suppress_callback_exceptions=True,
+        serve_locally=True,
+        title="entropylens",
+        update_title="",
+        add_log_handler=False,
+    )
+    app.layout = _shell(desk, Path(folder))
+    _register_routes(app, desk)
+    panels.register(app, desk, _SHEETS)
+    for page in (runs, vitals, compare, series):
+        page.register(app, desk)
+    exports.register(app, desk, _SHEETS)
+    return app
+
+
+def _shell(desk: Desk, folder: Path) -> Any:
+    links = html.Nav(
+        [
+            dcc.Link("Runs", href=desk.prefix, id="to-runs"),
+            dcc.Link("Compare", href=f"{desk.prefix}compare", id="to-compare"),
+        ]
+    )
+    toggle = dmc.ColorSchemeToggle(
+        lightIcon="☀",
+        darkIcon="☾",
+        id="theme-toggle",
+        variant="subtle",
+        **{"aria-label": "dark or light"},
+    )
+    keys = html.Dl(
+        [part for key, what in _KEYS for part in (html.Dt(html.Kbd(key)), html.Dd(what))]
+    )
+    helped = dmc.Popover(
+        [
+            dmc.PopoverTarget(html.Button("?", id="help-button", className="menu", title="Keys")),
+            dmc.PopoverDropdown(keys),
+        ],
+        withArrow=True,
+    )
+    bar = html.Header(
+        [
+            html.A("skip to the page", href="#page", className="skip"),
+            dcc.Link("entropylens", href=desk.prefix, className="brand"),
+            links,
+            html.Span(folder.name or "runs", className="soft place"),
+            toggle,
+            helped,
+        ],
+        className="bar",
+    )
+    tags = dcc.Store(id="tags", storage_type="local", data={})
+    page = html.Main(id="page", tabIndex="-1")
+    return dmc.MantineProvider([dcc.Location(id="url"), tags, bar, page], defaultColorScheme="auto")
+
+
+def _register_routes(app: Dash, desk: Desk) -> None:
+    @app.callback(Output("page", "children"), Input("url", "pathname"), State("url", "href"))
+    def page(path: str, href: str) -> Any:
+        query = dict(parse_qsl(urlsplit(href or "").query))
+        place = (path or "/").removeprefix(desk.prefix.rstrip("/")).strip("/").split("/")
+        return _laid_out(desk, place, query)
+
+
+def _laid_out(desk: Desk, place: list[str], query: Mapping[str, str]) -> Any:
+    if place == [""]:
+        return runs.layout(desk, query)
+    if place == ["compare"]:
+        return compare.layout(desk, query)
+    if place[0] == "run" and len(place) in (2, 3):
+        entry = desk.library.find(place[1])
+        pages = {"": vitals.layout, "series": series.layout}
+        page = pages.get(place[2] if len(place) == 3 else "")
+        if entry is not None and page is not None:
+            return page(desk, entry, query)
+    return [
+        html.H1("Not here"),
+        html.Div(
+            "No run of this folder has that address: it was deleted, moved out of the folder, or "
+            "never there.",
+            className="notice",
+        ),
+        dcc.Link("All runs", href=desk.prefix),
+    ]

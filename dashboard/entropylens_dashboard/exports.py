@@ -1,0 +1,89 @@
+"""Figures to take along: every value as CSV, the figure as a page that needs no network."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import plotly.graph_objects as go
+from dash import Dash
+from flask import Response, abort, request
+from plotly.io import to_html
+
+from entropylens_dashboard.desk import Desk
+from entropylens_dashboard.pages.panels import MakeSheet
+from entropylens_dashboard.sheet import Sheet, View
+
+__all__ = ["register"]
+
+
+def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
+    """Serve ``export/figure.csv`` and ``export/figure.html``."""
+
+    @app.server.route(f"{desk.prefix}export/figure.<kind>")
+    def export(kind: str) -> Response:
+        sheet = _asked_for(desk, sheets)
+        if sheet is None or kind not in ("csv", "html"):
+            abort(404)
+        if kind == "csv":
+            return _download(_csv(desk, sheet), "text/csv; charset=utf-8", "figure.csv")
+        return _download(_page(desk, sheet), "text/html; charset=utf-8", "figure.html")
+
+
+def _asked_for(desk: Desk, sheets: Mapping[str, MakeSheet]) -> Sheet | None:
+    query: dict[str, Any] = request.args.to_dict()
+    make = sheets.get(query.get("page", ""))
+    if make is None:
+        return None
+    spec = {"page": query["page"], "runs": query.get("runs", "").split(",")}
+    for name in ("names", "more"):
+        if name in query:
+            query[name] = [part for one in request.args.getlist(name) for part in one.split(",")]
+    within = query.get("within", "").split("~")
+    sheet = make(desk, spec, View.parse(query, within), query)
+    sheet.panels = [panel for panel in sheet.panels if panel[0].key == query.get("panel")]
+    return sheet if sheet.panels and sheet.runs else None
+
+
+def _download(body: Any, kind: str, name: str) -> Response:
+    answer = Response(body, mimetype=kind)
+    answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
+    return answer
+
+
+def _csv(desk: Desk, sheet: Sheet) -> Iterator[str]:
+    """Every value of the panel's series, whatever is in view."""
+    yield "run,name,module,phase,step,time,value\r\n"
+    for run_id, run in sheet.runs.items():
+        keys = [ask.key for _, asks in sheet.panels for ask in asks if ask.run_id == run_id]
+        found, _ = desk.readings.look(run, keys, is_whole=True)
+        for key, stretch in found.items():
+            text = io.StringIO()
+            rows = csv.writer(text)
+            start = [_cell(run.name), _cell(key.name), _cell(key.module), _cell(key.phase)]
+            columns = stretch.steps.tolist(), stretch.times.tolist(), stretch.values.tolist()
+            for step, time, value in zip(*columns, strict=True):
+                rows.writerow([*start, step, time, value])
+                if text.tell() > 1 << 16:
+                    yield text.getvalue()
+                    text.seek(0)
+                    text.truncate()
+            yield text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _page(desk: Desk, sheet: Sheet) -> str:
+    sheet.read(desk.readings)
+    pictures = list(sheet.pictures())
+    if not pictures:
+        abort(404)
+    document = pictures[0].figure
+    document["layout"] |= {"height": 520, "paper_bgcolor": "white", "plot_bgcolor": "white"}
+    document["layout"].pop("meta", None)
+    for trace in document["data"]:
+        trace.pop("meta", None)
+    return to_html(go.Figure(document), include_plotlyjs=True, config={"displaylogo": False})

@@ -1,0 +1,64 @@
+"""The sentences of a report, for a page: long series are looked at thinned."""
+
+from typing import Final
+
+import numpy as np
+
+from entropylens.analysis.overview import Curve, Overview, sentences
+from entropylens.analysis.spikes import find_jumps, find_spikes
+from entropylens.figures.thinning import kept
+from entropylens.store.points import Key
+from entropylens.store.reader import Run
+from entropylens_dashboard.readings import Readings, Stretch
+
+__all__ = ["findings"]
+
+_NAMES: Final = (
+    "loss/mean",
+    "learning_rate",
+    "entropy/token/mean",
+    "gradient/norm/before_clip",
+    "overhead/fraction",
+)
+_MOST: Final = 4000
+"""Points of a series that are looked at."""
+
+
+def findings(readings: Readings, run: Run) -> list[str]:
+    """What happened in a run, in plain words, the most important first.
+
+    Args:
+        readings: Where series come from.
+        run: Finished or not.
+
+    Returns:
+        Sentences; the last says so where series were thinned.
+
+    Raises:
+        EntropyLensError: Reading took too long.
+    """
+    found, _ = readings.look(run, [Key(name, "", "train") for name in _NAMES])
+    curves = {key.name: _curve(key.name, stretch) for key, stretch in found.items()}
+    loss, rate = curves.get("loss/mean"), curves.get("learning_rate")
+    overview = Overview(
+        run,
+        run.state(),
+        curves,
+        {},
+        [] if loss is None else find_spikes(loss.steps, loss.values),
+        [] if rate is None else find_jumps(rate.steps, rate.values),
+        None,
+        events=run.events().to_arrow().to_pylist(),
+    )
+    said = sentences(overview)
+    if any(len(curves[key.name].steps) < stretch.total for key, stretch in found.items()):
+        said.append(
+            "These words come from the extremes of stretches of a long run; `entropylens report` "
+            "reads every value."
+        )
+    return said
+
+
+def _curve(name: str, stretch: Stretch) -> Curve:
+    chosen = kept(stretch.steps, stretch.values, _MOST)
+    return Curve(name, stretch.steps[chosen], np.asarray(stretch.values[chosen]))

@@ -1,0 +1,241 @@
+"""Every run of the folder: what state it is in, whether it is healthy, and since when."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import dash_ag_grid as dag
+import dash_mantine_components as dmc
+import numpy as np
+from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+
+from entropylens.analysis.summary import last_step
+from entropylens.errors import EntropyLensError
+from entropylens_dashboard.components import STATES
+from entropylens_dashboard.desk import Desk, age, events, headlines, verdict
+from entropylens_dashboard.library import Entry
+from entropylens_dashboard.readings import Stretch
+
+__all__ = ["layout", "register"]
+
+_BEAT: Final = 3000
+_LOOK_SECONDS: Final = 0.6
+"""How long one request goes on reading series of runs that were not looked at yet."""
+_SPARK: Final = 60
+_AGAIN_SECONDS: Final = 20.0
+"""After which a run that still writes is looked at again."""
+
+_CELLS: Final = ("loss", "entropy", "gradient")
+
+
+def layout(desk: Desk, query: Mapping[str, str]) -> Any:
+    """The page."""
+    grid = dag.AgGrid(
+        id="runs",
+        columnDefs=_columns(),
+        rowData=[_facts(desk, entry) for entry in desk.library.entries()],
+        defaultColDef={
+            "sortable": True,
+            "filter": True,
+            "resizable": True,
+            "suppressHeaderMenuButton": True,
+            "suppressHeaderFilterButton": True,
+        },
+        dashGridOptions={
+            "rowHeight": 34,
+            "rowSelection": {"mode": "multiRow", "headerCheckbox": True},
+            "animateRows": False,
+            "quickFilterText": query.get("filter", ""),
+        },
+        getRowId="params.data.id",
+        dangerously_allow_code=False,
+        className="ag-theme-quartz grid",
+        style={"height": None},
+        persistence=True,
+        persisted_props=["filterModel"],
+    )
+    find = dmc.TextInput(
+        id="filter",
+        placeholder="filter by any word",
+        value=query.get("filter", ""),
+        size="xs",
+        w=260,
+    )
+    return [
+        dcc.Interval(id="runs-clock", interval=_BEAT),
+        dcc.Store(id="runs-beat"),
+        dcc.Store(id="looked", data={}),
+        html.Div(
+            [
+                html.H1("Runs"),
+                html.Span(id="runs-count", className="soft"),
+                find,
+                html.Button("compare the chosen", id="compare", className="metric"),
+                html.Span("tags are kept in this browser", className="soft end"),
+            ],
+            className="row head",
+        ),
+        grid,
+        html.Div(id="runs-none", hidden=True),
+    ]
+
+
+def register(app: Dash, desk: Desk) -> None:
+    """Keep the list in step with the folder."""
+
+    @app.callback(
+        Output("runs", "rowTransaction"),
+        Output("looked", "data"),
+        Output("runs-count", "children"),
+        Input("runs-beat", "data"),
+        Input("looked", "data"),
+        State("tags", "data"),
+        running=[(Output("runs-clock", "disabled"), True, False)],
+    )
+    def refresh(beat: Any, looked: Any, tags: Any) -> Any:
+        entries = {entry.id: entry for entry in desk.library.entries()}
+        known = dict(looked or {})
+        rows = {run_id: _facts(desk, entry, tags) for run_id, entry in entries.items()}
+        fresh = _look(desk, entries, known)
+        for run_id, cells in fresh.items():
+            rows[run_id] |= cells
+        change = {
+            "add": [row for run_id, row in rows.items() if run_id not in known],
+            "update": [row for run_id, row in rows.items() if run_id in known],
+            "remove": [{"id": run_id} for run_id in known if run_id not in entries],
+            "async": False,
+        }
+        # A row that was in the page from its start is known to the grid before it is to us.
+        if not known:
+            change["update"], change["add"] = change["add"], []
+        now = {i: known.get(i, 0.0) for i in entries} | {i: time.time() for i in fresh}
+        unread = sum(not seen for seen in now.values())
+        count = f"{len(entries)} in the folder" + (f", {unread} still to be read" if unread else "")
+        again = now if fresh or set(now) != set(known) else no_update
+        return change, again, count
+
+    @app.callback(
+        Output("runs", "dashGridOptions"),
+        Input("filter", "value"),
+        State("runs", "dashGridOptions"),
+    )
+    def narrow(text: Any, options: Any) -> Any:
+        return {**options, "quickFilterText": str(text or "")}
+
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "beat"),
+        Output("runs-beat", "data"),
+        Input("runs-clock", "n_intervals"),
+    )
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "tagged"),
+        Output("tags", "data"),
+        Input("runs", "cellValueChanged"),
+        State("tags", "data"),
+        prevent_initial_call=True,
+    )
+    app.clientside_callback(
+        f"(n, rows) => window.dash_clientside.entropylens.toCompare(n, rows, {desk.prefix!r})",
+        Output("runs-none", "title"),
+        Input("compare", "n_clicks"),
+        State("runs", "selectedRows"),
+        prevent_initial_call=True,
+    )
+
+
+def _columns() -> list[dict[str, Any]]:
+    spark = {"cellRenderer": "Spark", "sortable": False, "filter": False, "width": 112}
+    number = {"type": "rightAligned", "filter": "agNumberColumnFilter"}
+    grouped = {"function": "params.value == null ? '' : params.value.toLocaleString()"}
+    began = {"function": "nodeA.data.began < nodeB.data.began ? -1 : 1"}
+    speed = {"field": "speed", "headerName": "tokens/s", "width": 88, "valueFormatter": grouped}
+    return [
+        {"field": "name", "cellRenderer": "RunName", "pinned": "left", "width": 170},
+        {"field": "state", "cellRenderer": "Marked", "width": 104},
+        {"field": "verdict", "cellRenderer": "Verdict", "flex": 1, "minWidth": 250},
+        {"field": "alarms", **number, "width": 72},
+        {"field": "steps", **number, "width": 82, "valueFormatter": grouped},
+        {**number, **speed},
+        {"field": "loss", "headerName": "loss or reward", **spark},
+        {"field": "entropy", "headerName": "entropy", **spark},
+        {"field": "gradient", "headerName": "gradient norm", **spark},
+        {"field": "age", "width": 92, "comparator": began},
+        {"field": "tags", "editable": True, "width": 90},
+    ]
+
+
+def _facts(desk: Desk, entry: Entry, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What is known of a run without reading its series."""
+    run = entry.run
+    return {
+        "id": entry.id,
+        "name": entry.name,
+        "folder": entry.folder,
+        "href": desk.href(entry),
+        "colour": desk.colour(entry.id)[0],
+        "state": f"{STATES.get(entry.state, STATES['unknown'])[1]} {entry.state}",
+        "state_title": entry.note or STATES.get(entry.state, STATES["unknown"])[2],
+        "steps": None if run is None else last_step(run),
+        "age": "" if run is None else age(run).removeprefix("started "),
+        "began": "" if run is None else run.created,
+        "tags": (tags or {}).get(entry.id) or _own_tags(entry),
+    }
+
+
+def _own_tags(entry: Entry) -> str:
+    user = {} if entry.run is None else entry.run.config.get("user")
+    tags = user.get("tags") if isinstance(user, Mapping) else None
+    if isinstance(tags, str):
+        return tags
+    return ", ".join(map(str, tags)) if isinstance(tags, Sequence) else ""
+
+
+def _look(
+    desk: Desk, entries: Mapping[str, Entry], known: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Series of runs that were not looked at, or some time ago, as far as the time goes."""
+    until, now = time.monotonic() + _LOOK_SECONDS, time.time()
+    found: dict[str, dict[str, Any]] = {}
+    for run_id, entry in entries.items():
+        seen = known.get(run_id, 0.0)
+        is_live = entry.state in ("running", "stalled", "starting")
+        if seen and not (is_live and now - seen > _AGAIN_SECONDS):
+            continue
+        found[run_id] = _cells(desk, entry)
+        if time.monotonic() > until:
+            break
+    return found
+
+
+def _cells(desk: Desk, entry: Entry) -> dict[str, Any]:
+    if entry.run is None:
+        return {"verdict": "unknown", "reason": entry.note, "alarms": 0}
+    try:
+        series, seen = headlines(desk, entry.run), events(entry.run)
+    except EntropyLensError as error:
+        return {"verdict": "unknown", "reason": str(error), "alarms": 0}
+    judged, alarms = verdict(entry, series, seen)
+    first = next((n for n in ("reward/mean", "framework/reward", "loss/mean") if n in series), "")
+    sparks = {
+        "loss": first,
+        "entropy": "entropy/token/mean",
+        "gradient": "gradient/norm/before_clip",
+    }
+    speed = series.get("throughput/tokens_per_second")
+    return {
+        "verdict": judged.level,
+        "reason": judged.reason,
+        "alarms": len(alarms),
+        "speed": None
+        if speed is None or not np.isfinite(speed.values[-1])
+        else round(speed.values[-1]),
+        **{cell: _spark(series.get(name)) for cell, name in sparks.items()},
+    }
+
+
+def _spark(stretch: Stretch | None) -> list[float | None]:
+    """At most 60 values: of each part of the run the last, or None where one was no number."""
+    if stretch is None or not len(stretch.steps):
+        return []
+    parts = np.array_split(stretch.values, min(_SPARK, len(stretch.values)))
+    return [float(f"{p[-1]:.4g}") if np.isfinite(p).all() else None for p in parts]
