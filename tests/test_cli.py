@@ -325,6 +325,25 @@ def test_report_and_demo_hand_over(
     assert seen == [(tmp_path, 30)]
 
 
+def test_dashboard_hands_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def serve(folder: Path, **options: Any) -> None:
+        seen.append((folder, options))
+
+    monkeypatch.setattr("entropylens_dashboard.serving.serve", serve)
+    output("dashboard", folder)
+    names = ["--allowed-host", "a.example", "--allowed-host", "b.example"]
+    where = ["--host", "0.0.0.0", "--port", "9000", "--url-prefix", "lab"]
+    output("dashboard", folder, "--token", "secret", "--open", *where, *names)
+    usual = {"host": "127.0.0.1", "port": 8050, "token": None, "prefix": "/"}
+    other = {"host": "0.0.0.0", "port": 9000, "token": "secret", "prefix": "lab"}
+    assert seen == [
+        (folder, {**usual, "allowed_hosts": (), "open_browser": False}),
+        (folder, {**other, "allowed_hosts": ["a.example", "b.example"], "open_browser": True}),
+    ]
+
+
 def test_compact_says_what_it_merged(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", flush_seconds=0.01, seal_rows=1)
     for step in range(3):
@@ -353,6 +372,26 @@ def test_errors_are_one_line_and_status_2(folder: Path, tmp_path: Path) -> None:
     )
     assert "expected a format (csv, json, parquet)" in error("export", run, "--to", "x", "-o", out)
     assert "No such file" in error("export", run, "--to", "csv", "-o", tmp_path / "no" / "file")
+
+
+def test_the_dashboard_says_why_it_does_not_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ENTROPYLENS_TOKEN", raising=False)
+    assert "expected a folder of runs, found none at" in error("dashboard", tmp_path / "nowhere")
+    assert "of at least 16 characters, got 5" in error("dashboard", folder, "--token", "short")
+    assert "expected a port from 0 to 65535" in error("dashboard", folder, "--port", "70000")
+    assert "expected a URL prefix such as /lab/" in error("dashboard", folder, "--url-prefix", "..")
+    assert "expected an address of this machine to listen at, got 192.0.2.1:8050" in error(
+        "dashboard", folder, "--host", "192.0.2.1"
+    )
+    for name in [name for name in sys.modules if name.startswith("entropylens_dashboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "dash", None)
+    assert error("dashboard", folder) == (
+        "error: dashboard: expected the dashboard's packages, found no dash; "
+        "pip install 'entropylens[dashboard]'\n"
+    )
 
 
 def test_a_name_without_rows_in_an_empty_run_is_no_mistake(tmp_path: Path) -> None:

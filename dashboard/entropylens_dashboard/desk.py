@@ -57,7 +57,12 @@ class Desk:
     def find(self, ids: Sequence[str]) -> dict[str, Entry]:
         """Those of the runs that are there and can be read, in order."""
         found = {run_id: self.library.find(run_id) for run_id in dict.fromkeys(ids)}
-        return {i: e for i, e in found.items() if e is not None and e.run is not None}
+        return {i: e for i, e in found.items() if e is not None and _is_there(e)}
+
+
+def _is_there(entry: Entry) -> bool:
+    """Whether a run can be read and was not deleted since the folder was looked through."""
+    return entry.run is not None and (entry.run.path / "run.json").exists()
 
 
 def headlines(desk: Desk, run: Run) -> dict[str, Stretch]:

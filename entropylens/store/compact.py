@@ -13,8 +13,15 @@ import pyarrow.parquet as pq
 from entropylens.records import SCHEMAS
 from entropylens.store.layout import Layout, publish, sync_directory, temporary
 from entropylens.store.manifest import load_manifest
+from entropylens.store.pyramid import pyramid_facts, series_path
 from entropylens.store.seal import seal_abandoned
-from entropylens.store.segments import Footer, read_footer, read_segment, write_segment
+from entropylens.store.segments import (
+    Footer,
+    encodings,
+    read_footer,
+    read_segment,
+    write_segment,
+)
 from entropylens.store.status import Claim
 
 __all__ = ["BUCKETS", "compact", "repair"]
@@ -23,6 +30,7 @@ BUCKETS: Final = 1000
 """Buckets of a series in the pyramid, at most."""
 
 _ORDER: Final = {"metrics": ["name", "module", "step"]}
+_BUCKETS_A_GROUP: Final = 1 << 15
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 
@@ -30,18 +38,32 @@ _PYRAMID: Final = """
 SELECT rank, phase, name, module, bucket, min(step) AS first_step, max(step) AS last_step,
        count(*) AS count, count(*) FILTER (NOT isfinite(value)) AS nonfinite,
        min(value) FILTER (isfinite(value)) AS min, max(value) FILTER (isfinite(value)) AS max,
-       arg_max(value, place) AS last
+       arg_max(value, place) AS last,
+       arg_min(time, place) AS first_time, arg_max(time, place) AS last_time,
+       arg_min(step, value) FILTER (isfinite(value)) AS min_step,
+       arg_max(step, value) FILTER (isfinite(value)) AS max_step
 FROM (SELECT *, place * least(total, {buckets}) // total AS bucket
       FROM (SELECT *, row_number() OVER (series ORDER BY step, time) - 1 AS place,
                    count(*) OVER series AS total
-            FROM rows WINDOW series AS (PARTITION BY rank, phase, name, module)))
+            FROM (SELECT rank, coalesce(phase, '') AS phase, coalesce(name, '') AS name,
+                         coalesce(module, '') AS module, step, time, value
+                  FROM rows WHERE {chosen} AND step IS NOT NULL AND value IS NOT NULL)
+            WINDOW series AS (PARTITION BY rank, phase, name, module)))
 GROUP BY rank, phase, name, module, bucket
 ORDER BY name, module, phase, rank, bucket
 """
 
+_SERIES: Final = """
+SELECT rank, phase, name, module, sum(count)::BIGINT AS count, sum(nonfinite)::BIGINT AS nonfinite,
+       min(first_step) AS first_step, max(last_step) AS last_step,
+       arg_min(first_time, bucket) AS first_time, arg_max(last_time, bucket) AS last_time,
+       min(min) AS min, max(max) AS max, arg_max(last, bucket) AS last
+FROM pyramid GROUP BY rank, phase, name, module ORDER BY name, module, phase, rank
+"""
+
 
 def compact(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Merge the segments of a run that has ended, and write ``pyramid/metrics.parquet``.
+    """Merge the segments of a run that has ended, and write ``pyramid/``.
 
     Metrics are sorted by (name, module, step), other tables keep the order they were written in. A
     table's folder is replaced in one exchange, so that a reader finds the old files or the new; a
@@ -167,14 +189,46 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _write_pyramid(layout: Layout, run_id: str) -> None:
-    segments = layout.segments("metrics")
-    paths = [str(path) for path in segments if _readable(path, "metrics", run_id) is not None]
-    if not paths:
+    found = {path: _readable(path, "metrics", run_id) for path in layout.segments("metrics")}
+    footers = {str(path): footer for path, footer in found.items() if footer is not None}
+    if not footers:
         return
-    connection = duckdb.connect()
-    connection.execute("SET enable_progress_bar = false")  # it would write into our output
-    connection.read_parquet(paths).create_view("rows")
-    pyramid = connection.query(_PYRAMID.format(buckets=BUCKETS)).to_arrow_table()
+    facts = pyramid_facts(run_id, list(footers.values()))
+    pyramid = _buckets(list(footers))
     layout.pyramid.parent.mkdir(exist_ok=True)
-    pq.write_table(pyramid, temporary(layout.pyramid), compression="zstd")
-    publish(layout.pyramid, sync=True)
+    for path, rows in (
+        (series_path(layout), _one_row_a_series(pyramid)),
+        (layout.pyramid, pyramid),
+    ):
+        pq.write_table(
+            rows.replace_schema_metadata(facts),
+            temporary(path),
+            compression="zstd",
+            row_group_size=_BUCKETS_A_GROUP,
+            **encodings(rows.schema),
+            write_page_checksum=True,
+        )
+        publish(path, sync=True)
+
+
+def _buckets(paths: list[str]) -> pa.Table:
+    """One name after the other: a window over all rows would hold all of them."""
+    with duckdb.connect() as connection:
+        # A progress bar would be drawn into our output.
+        connection.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
+        connection.read_parquet(paths).create_view("rows")
+        names = connection.execute("SELECT DISTINCT name FROM rows ORDER BY name NULLS FIRST")
+        parts = []
+        for (name,) in names.fetchall() or [(None,)]:
+            chosen = "name IS NULL" if name is None else "name = ?"
+            sql = _PYRAMID.format(buckets=BUCKETS, chosen=chosen)
+            found = connection.execute(sql, [] if name is None else [name])
+            parts.append(found.to_arrow_table())
+    return pa.concat_tables(parts)
+
+
+def _one_row_a_series(pyramid: pa.Table) -> pa.Table:
+    with duckdb.connect() as connection:
+        connection.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
+        connection.register("pyramid", pyramid)
+        return connection.execute(_SERIES).to_arrow_table()

@@ -1,12 +1,11 @@
 """Reading runs, finished or still being written, whole or from a cursor on."""
 
-import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,42 +18,18 @@ from entropylens.store.manifest import load_manifest
 from entropylens.store.segments import Footer, read_footer, read_segment
 from entropylens.store.status import RankStatus, load_status
 from entropylens.store.tail import read_tail
+from entropylens.store.view import Cursor, View, ends_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Cursor", "Rows", "Run", "list_runs", "open_run"]
+__all__ = ["Cursor", "Rows", "Run", "View", "list_runs", "open_run"]
+
+_T = TypeVar("_T")
 
 _RELISTS: Final = 20
 """How often a read starts again because files were sealed or merged under it."""
 _WORST_FIRST: Final = ("failed", "crashed", "terminated", "stalled", "running", "finished")
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """How far a table was read: text that can be kept and given back."""
-
-    run_id: str
-    table: str
-    epoch: str
-    next_rows: tuple[tuple[int, int], ...]
-
-    def __str__(self) -> str:
-        """One line of JSON."""
-        return json.dumps([self.run_id, self.table, self.epoch, self.next_rows])
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read what ``str(cursor)`` gave.
-
-        Raises:
-            ValueError: It is something else.
-        """
-        try:
-            run_id, table, epoch, next_rows = json.loads(text)
-            return cls(run_id, table, epoch, tuple((int(r), int(n)) for r, n in next_rows))
-        except (ValueError, TypeError):
-            raise ValueError(f"Cursor: expected the text of a cursor, got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -78,27 +53,6 @@ class Rows:
         return self.table.to_pandas()
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """What the files of a table held at one moment, each row once."""
-
-    segments: list[tuple[Path, Footer]]
-    tails: list[tuple[int, int, pa.Table]]
-    """Rank, ordinal of the first row, rows that no segment covers."""
-    notes: list[str]
-
-    def next_rows(self) -> dict[int, int]:
-        ends: dict[int, int] = {}
-        for _, footer in self.segments:
-            ends[footer.rank] = max(ends.get(footer.rank, 0), footer.end_row)
-        for rank, first, rows in self.tails:
-            ends[rank] = max(ends.get(rank, 0), first + rows.num_rows)
-        return ends
-
-    def generation(self) -> int:
-        return max((footer.generation for _, footer in self.segments), default=0)
-
-
 class Run:
     """One run directory, open for reading; nothing is written and nothing is locked.
 
@@ -115,7 +69,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self._layout = Layout(self.path)
-        self._footers: dict[tuple[Path, int, int], Footer] = {}
+        self._remembered: dict[tuple[Any, Path, int, int], Any] = {}
         self._named: set[str] = set()
         self.manifest: dict[str, Any] = load_manifest(self.path)
 
@@ -240,16 +194,57 @@ class Run:
         Raises:
             ValueError: The cursor is of another run or table.
         """
+        condition = all_of([matching("phase", phases), *within(steps), *where])
+        found = self.steadily(table, lambda: self._read(table, condition, since))
+        self.warn(found.warnings, stacklevel=4)
+        return found
+
+    def snapshot(self, table: str) -> tuple[list[Path], pa.Table]:
+        """Readable segments of a table, and the tail rows that none of them covers."""
+        found = self.steadily(table, lambda: self.view(table))
+        self.warn(found.notes, stacklevel=5)
+        rows = [SCHEMAS[table].empty_table(), *(rows for _, _, rows in found.tails)]
+        return [path for path, _ in found.segments], pa.concat_tables(rows)
+
+    # -- for the rooms that read files themselves ------------------------------------------------
+
+    def view(self, table: str, since: Cursor | str | None = None) -> View:
+        """What there is to read of a table now, from a cursor on.
+
+        Args:
+            table: A table of `entropylens.records.SCHEMAS`.
+            since: A cursor that an earlier read of this table returned.
+
+        Raises:
+            ValueError: The cursor is of another run or table.
+            FileNotFoundError: Files were sealed or merged meanwhile: look again (`steadily`).
+        """
         since = Cursor.parse(since) if isinstance(since, str) else since
         if since is not None and (since.run_id, since.table) != (self.run_id, table):
             raise ValueError(
                 f"Run.{table}: expected a cursor of this run's {table}, got one of "
                 f"{since.table} of run {since.run_id[:8]}"
             )
-        condition = all_of([matching("phase", phases), *within(steps), *where])
+        epoch_of_ranks = self._attempts_of_ranks()
+        segments, tails, notes = self._look(table)
+        generation = max((footer.generation for _, footer in segments), default=0)
+        epoch = f"{generation}:{epoch_of_ranks}"
+        fresh = since is None or since.epoch != epoch
+        start = {} if fresh or since is None else dict(since.next_rows)
+        ends = ends_of(segments, tails)
+        ends |= {rank: max(ends.get(rank, 0), end) for rank, end in start.items()}
+        cursor = Cursor(self.run_id, table, epoch, tuple(sorted(ends.items())))
+        return View(segments, tails, notes, cursor, start, since is not None and fresh)
+
+    def steadily(self, table: str, read: Callable[[], _T]) -> _T:
+        """Read again where files were sealed or merged under it.
+
+        Raises:
+            EntropyLensError: They kept vanishing.
+        """
         for _ in range(_RELISTS):
             try:
-                return self._read(table, condition, since)
+                return read()
             except FileNotFoundError:
                 continue
         raise EntropyLensError(
@@ -257,33 +252,30 @@ class Run:
             f"vanished {_RELISTS} times; is somebody deleting them?"
         )
 
-    def snapshot(self, table: str) -> tuple[list[Path], pa.Table]:
-        """Readable segments of a table, and the tail rows that none of them covers."""
-        for _ in range(_RELISTS):
-            try:
-                found = self._look(table)
-                break
-            except FileNotFoundError:
-                continue
-        else:
-            raise EntropyLensError(f"Run: files of {self.path / table} keep vanishing")
-        self._warn(found.notes)
-        rows = [SCHEMAS[table].empty_table(), *(rows for _, _, rows in found.tails)]
-        return [path for path, _ in found.segments], pa.concat_tables(rows)
+    def remembered(self, path: Path, make: Callable[[Path], _T]) -> _T:
+        """What ``make`` made of a file, made once for as long as the file is the same."""
+        facts = os.stat(path)
+        key = (make, path, facts.st_mtime_ns, facts.st_ino)
+        if key not in self._remembered:
+            self._remembered[key] = make(path)
+        return self._remembered[key]
+
+    def warn(self, notes: Sequence[str], *, stacklevel: int = 3) -> None:
+        """Name each fault once."""
+        for note in notes:
+            if note not in self._named:
+                self._named.add(note)
+                warnings.warn(note, UserWarning, stacklevel=stacklevel)
 
     # -- from files to rows ----------------------------------------------------------------------
 
-    def _read(self, table: str, condition: Any, since: Cursor | None) -> Rows:
-        epoch_of_ranks = self._attempts_of_ranks()
-        found = self._look(table)
+    def _read(self, table: str, condition: Any, since: Cursor | str | None) -> Rows:
+        found = self.view(table, since)
         notes = list(found.notes)
-        epoch = f"{found.generation()}:{epoch_of_ranks}"
-        fresh = since is None or since.epoch != epoch
-        start = {} if fresh or since is None else dict(since.next_rows)
         parts = [SCHEMAS[table].empty_table()]
         for path, footer in found.segments:
-            skip = max(start.get(footer.rank, 0) - footer.first_row, 0)
-            if skip and start[footer.rank] >= footer.end_row:
+            skip = found.passed(footer.rank, footer.first_row, footer.rows, footer.end_row)
+            if skip and skip >= footer.rows:
                 continue
             try:
                 rows = read_segment(path, table, None if skip else condition)
@@ -292,17 +284,36 @@ class Run:
                 continue
             parts.append(filtered(rows.slice(skip), condition) if skip else rows)
         for rank, first, rows in found.tails:
-            skip = min(max(start.get(rank, 0) - first, 0), rows.num_rows)
+            skip = found.passed(rank, first, rows.num_rows)
             parts.append(filtered(rows.slice(skip), condition))
-        self._warn(notes)
-        ends = found.next_rows()
-        ends |= {rank: max(ends.get(rank, 0), end) for rank, end in start.items()}
-        cursor = Cursor(self.run_id, table, epoch, tuple(sorted(ends.items())))
-        return Rows(pa.concat_tables(parts), cursor, since is not None and fresh, notes)
+        return Rows(pa.concat_tables(parts), found.cursor, found.restarted, notes)
 
-    def _look(self, table: str) -> _Snapshot:
+    def _look(
+        self, table: str
+    ) -> tuple[list[tuple[Path, Footer]], list[tuple[int, int, pa.Table]], list[str]]:
         """Tails first: what is sealed while we look is then in a segment and in no tail twice."""
         notes: list[str] = []
+        tails = self._tails(table, notes)
+        segments = []
+        for path in self._layout.segments(table):
+            try:
+                footer = self.remembered(path, read_footer)
+            except ValueError as error:
+                notes.append(f"skipped: {error}")
+                continue
+            if not footer.is_of(self.run_id, table):
+                notes.append(f"skipped: {path} belongs to another run or table")
+                continue
+            segments.append((path, footer))
+        notes += [f"skipped: {path} is no segment of a run" for path in self._strangers(table)]
+        covered = ends_of(segments)
+        open_tails = []
+        for rank, first, rows in tails:
+            skip = min(max(covered.get(rank, 0) - first, 0), rows.num_rows)
+            open_tails.append((rank, first + skip, rows.slice(skip)))
+        return segments, open_tails, notes
+
+    def _tails(self, table: str, notes: list[str]) -> list[tuple[int, int, pa.Table]]:
         tails = []
         for rank, path in self._layout.tails(table).items():
             try:
@@ -316,31 +327,7 @@ class Run:
             if found.damage is not None:
                 notes.append(f"read in part: {path}: {found.damage}")
             tails.append((rank, found.first_row, found.rows))
-        segments = []
-        for path in self._layout.segments(table):
-            try:
-                footer = self._footer(path)
-            except ValueError as error:
-                notes.append(f"skipped: {error}")
-                continue
-            if not footer.is_of(self.run_id, table):
-                notes.append(f"skipped: {path} belongs to another run or table")
-                continue
-            segments.append((path, footer))
-        notes += [f"skipped: {path} is no segment of a run" for path in self._strangers(table)]
-        covered = _Snapshot(segments, [], []).next_rows()
-        open_tails = []
-        for rank, first, rows in tails:
-            skip = min(max(covered.get(rank, 0) - first, 0), rows.num_rows)
-            open_tails.append((rank, first + skip, rows.slice(skip)))
-        return _Snapshot(segments, open_tails, notes)
-
-    def _footer(self, path: Path) -> Footer:
-        facts = os.stat(path)
-        key = (path, facts.st_mtime_ns, facts.st_ino)
-        if key not in self._footers:
-            self._footers[key] = read_footer(path)
-        return self._footers[key]
+        return tails
 
     def _strangers(self, table: str) -> list[Path]:
         folder = self.path / table
@@ -351,12 +338,6 @@ class Run:
 
     def _attempts_of_ranks(self) -> str:
         return ",".join(f"{status.rank}.{status.attempt}" for status in self.status())
-
-    def _warn(self, notes: Sequence[str]) -> None:
-        for note in notes:
-            if note not in self._named:
-                self._named.add(note)
-                warnings.warn(note, UserWarning, stacklevel=5)
 
 
 def open_run(path: str | Path) -> Run:

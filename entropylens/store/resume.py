@@ -18,7 +18,7 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
     Of each segment the copy in ``superseded/`` is complete before the segment is replaced, so that
     a kill in between loses nothing and doing it again ends the same. A segment of which nothing
     stays is replaced by an empty one: ordinals of rows are never used twice. Rows without a step
-    stay; the pyramid, which would show what has gone, does not.
+    stay; a pyramid that would show what has gone does not.
 
     Args:
         layout: Of the run.
@@ -27,7 +27,6 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
         step: The last optimiser step that stays.
     """
     seal_abandoned(layout, run_id, rank)
-    layout.pyramid.unlink(missing_ok=True)
     for table in SCHEMAS:
         for path in layout.segments(table, rank):
             try:
@@ -49,6 +48,8 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
                 "end_row": footer.end_row,
                 "generation": footer.generation,
             }
+            if table == "metrics":
+                layout.pyramid.unlink(missing_ok=True)
             copy = layout.superseded(table) / f"{path.stem}.after-{step}.parquet"
             write_segment(copy, gone, **facts, sync=True)
             write_segment(path, rows.filter(pc.invert(late)), **facts, sync=True)

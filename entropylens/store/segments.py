@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 from entropylens.records import FORMAT_VERSION, SCHEMAS
 from entropylens.store.layout import publish, temporary
 
-__all__ = ["Footer", "conform", "read_footer", "read_segment", "write_segment"]
+__all__ = ["Footer", "conform", "encodings", "read_footer", "read_segment", "write_segment"]
 
 _PREFIX = "entropylens."
+_ROWS_A_GROUP = 1 << 17
+"""Of merged metrics, which are sorted by name: what is read to see a part of one series."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,29 @@ def write_segment(
     }
     metadata = {f"{_PREFIX}{name}": str(value) for name, value in facts.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    kinds = {field.name: field.type for field in rows.schema}
     pq.write_table(
         rows.replace_schema_metadata(metadata),
         temporary(path),
         compression="zstd",
-        use_dictionary=[name for name, kind in kinds.items() if pa.types.is_string(kind)],
-        use_byte_stream_split=[n for n, kind in kinds.items() if pa.types.is_floating(kind)],
-        column_encoding={
+        **encodings(rows.schema),
+        write_page_checksum=True,
+        row_group_size=_ROWS_A_GROUP if table == "metrics" and generation else None,
+    )
+    publish(path, sync=sync)
+
+
+def encodings(schema: pa.Schema) -> dict[str, Any]:
+    """How columns are laid out so that they are small: options of `pyarrow.parquet.write_table`."""
+    kinds = {field.name: field.type for field in schema}
+    return {
+        "use_dictionary": [name for name, kind in kinds.items() if pa.types.is_string(kind)],
+        "use_byte_stream_split": [n for n, kind in kinds.items() if pa.types.is_floating(kind)],
+        "column_encoding": {
             name: "DELTA_BINARY_PACKED"
             for name, kind in kinds.items()
             if pa.types.is_int64(kind) or pa.types.is_timestamp(kind)
         },
-        write_page_checksum=True,
-    )
-    publish(path, sync=sync)
+    }
 
 
 def read_footer(path: Path) -> Footer:

@@ -12,6 +12,7 @@ from store.strangers import STRANGERS, read_by, segments
 
 from entropylens.errors import EntropyLensError
 from entropylens.records import SCHEMAS
+from entropylens.store import segments as segments_module
 from entropylens.store.compact import BUCKETS, compact
 from entropylens.store.layout import Layout
 from entropylens.store.reader import open_run
@@ -198,6 +199,73 @@ def test_the_pyramid_agrees_with_numpy(tmp_path: Path) -> None:
             else:
                 assert pd.isna(bucket["min"])
                 assert pd.isna(bucket["max"])
+
+
+def test_the_pyramid_says_where_extremes_lie_and_which_rows_it_shows(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    writer = RunWriter(run_dir)
+    values = [2.0, NAN, -1.0, INF, -1.0, 5.0]
+    steps = np.arange(11, 17)
+    row: dict[str, Any] = {"name": ["a"] * 6, "value": values, "step": steps, "time": steps * 0.5}
+    writer.write("metrics", row)
+    writer.write("metrics", {"name": "odd", "value": INF, "step": 1, "time": 2.0})
+    writer.close()
+    run_id = open_run(run_dir).run_id
+    compact(run_dir)
+    layout = Layout(run_dir)
+    for path in (layout.pyramid, layout.pyramid.with_name("series.parquet")):
+        metadata = pq.read_metadata(path).metadata
+        assert {k.decode(): v.decode() for k, v in metadata.items() if b"entropylens" in k} == {
+            "entropylens.run_id": run_id,
+            "entropylens.generation": "1",
+            "entropylens.end_rows": '{"0": 7}',
+            "entropylens.rows": '{"0": 7}',
+        }
+    buckets = pq.read_table(layout.pyramid).to_pylist()
+    assert [bucket["min_step"] for bucket in buckets] == [11, None, 13, None, 15, 16, None]
+    assert all(bucket["min_step"] == bucket["max_step"] for bucket in buckets)
+    assert [bucket["last_time"].timestamp() for bucket in buckets] == [*(steps * 0.5), 2.0]
+    assert all(bucket["last_time"] == bucket["first_time"] for bucket in buckets)
+    (one, odd) = pq.read_table(layout.pyramid.with_name("series.parquet")).to_pylist()
+    assert one.pop("first_time").timestamp() == 5.5
+    assert one.pop("last_time").timestamp() == 8.0
+    assert one == {
+        **{"rank": 0, "phase": "train", "name": "a", "module": "", "count": 6, "nonfinite": 2},
+        **{"first_step": 11, "last_step": 16, "min": -1.0, "max": 5.0, "last": 5.0},
+    }
+    assert (odd["min"], odd["max"], odd["last"]) == (None, None, INF)
+
+
+def test_merged_metrics_lie_in_small_row_groups_and_take_hardly_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {}
+    for size in (1 << 17, 1 << 20):
+        monkeypatch.setattr(segments_module, "_ROWS_A_GROUP", size)
+        run_dir = tmp_path / str(size)
+        random, writer = np.random.default_rng(0), RunWriter(run_dir)
+        for name in ("a", "b"):
+            steps = np.arange(200_000)
+            row = {"name": name, "value": random.normal(size=len(steps)), "step": steps}
+            writer.write("metrics", {**row, "time": 1.7e9 + steps * 0.3})
+            writer._ask("seal", 60)
+        writer.close()
+        compact(run_dir)
+        (path,) = segments(run_dir)
+        metadata = pq.read_metadata(path)
+        assert metadata.num_row_groups == -(-400_000 // size)
+        sizes[size] = path.stat().st_size
+    assert sizes[1 << 17] < 1.03 * sizes[1 << 20]
+
+
+def test_a_table_without_rows_has_an_empty_pyramid(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    writer = RunWriter(run_dir)
+    writer.write("metrics", {"name": "a", "value": 1.0, "step": 5})
+    writer.close()
+    RunWriter(run_dir, resume_step=1).close()
+    compact(run_dir)
+    assert pq.read_metadata(Layout(run_dir).pyramid).num_rows == 0
 
 
 # -- what is not merged --------------------------------------------------------------------------

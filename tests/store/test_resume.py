@@ -182,6 +182,8 @@ def test_a_pyramid_does_not_outlive_the_rows_it_shows(tmp_path: Path) -> None:
     writer.close()
     compact(tmp_path / "run")
     assert Layout(tmp_path / "run").pyramid.exists()
+    open_writer(tmp_path / "run", resume_step=3).close()  # nothing is taken back
+    assert Layout(tmp_path / "run").pyramid.exists()
     open_writer(tmp_path / "run", resume_step=1).close()
     assert not Layout(tmp_path / "run").pyramid.exists()
 

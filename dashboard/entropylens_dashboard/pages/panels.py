@@ -89,6 +89,8 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         except EntropyLensError as error:
             return html.Div(str(error), className="notice"), {}
         pictures = list(sheet.pictures())
+        if not pictures and ctx.triggered_id == "again":  # being deleted: what was read stays
+            return no_update, no_update
         query = {**(view or {}), "page": spec["page"], "runs": ",".join(spec["runs"])}
         query["within"] = "~".join(map(str, within)) if within else ""
         shown = [card(p, export_links(desk.prefix, query, p.panel.key)) for p in pictures]
