@@ -92,14 +92,9 @@ def marks(
     seen: Sequence[Mapping[str, Any]], by: str = "step", tokens: Stretch | None = None
 ) -> list[Mark]:
     """Events as marks on an axis; without ``tokens`` none has a place on that of tokens."""
-    places = {
-        "step": lambda event: float(event["step"] or 0),
-        "time": lambda event: event["time"].timestamp(),
-        "tokens": lambda event: _tokens_at(float(event["step"] or 0), tokens),
-    }
     found = [
         Mark(
-            places[by](event),
+            _place(event, by, tokens),
             str(event["kind"]),
             str(event["severity"] or "info"),
             str(event["message"] or ""),
@@ -109,7 +104,12 @@ def marks(
     return [mark for mark in found if math.isfinite(mark.x)]
 
 
-def _tokens_at(step: float, tokens: Stretch | None) -> float:
+def _place(event: Mapping[str, Any], by: str, tokens: Stretch | None) -> float:
+    step = float(event["step"] or 0)
+    if by == "step":
+        return step
+    if by == "time":
+        return float(event["time"].timestamp())
     if tokens is None or not len(tokens.steps):
         return math.nan
     return float(np.interp(step, tokens.steps, tokens.values))

@@ -58,10 +58,12 @@ class Stretch:
         """This, then what came later."""
         if not len(rest.steps):
             return self
-        parts = (self.steps, rest.steps), (self.times, rest.times), (self.values, rest.values)
-        steps, times, values = (np.concatenate(pair) for pair in parts)
         return replace(
-            self, steps=steps, times=times, values=values, total=self.total + len(rest.steps)
+            self,
+            steps=np.concatenate([self.steps, rest.steps]),
+            times=np.concatenate([self.times, rest.times]),
+            values=np.concatenate([self.values, rest.values]),
+            total=self.total + len(rest.steps),
         )
 
 

@@ -7,7 +7,7 @@ from runs_to_show import fill, write
 
 from entropylens.errors import EntropyLensError
 from entropylens.store.compact import compact
-from entropylens.store.points import Key
+from entropylens.store.points import Key, read_points
 from entropylens.store.reader import open_run
 from entropylens_dashboard import readings as module
 from entropylens_dashboard.readings import Readings
@@ -44,10 +44,9 @@ def test_only_what_is_new_is_read_again(
     fill(writer, 301, 310)
     writer.flush()
     read: list[int] = []
-    plain = module.read_points
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        found = plain(*args, **kwargs)
+        found = read_points(*args, **kwargs)
         read.append(sum(len(points.steps) for points in found.series.values()))
         return found
 

@@ -24,6 +24,12 @@ def drawn(made: Sheet, readings: Readings | None = None) -> list[Any]:
     return list(made.pictures())
 
 
+def added(*arguments: Any) -> Any:
+    found = tick(*arguments)
+    assert found is not None
+    return found
+
+
 def patched(figure: dict[str, Any], patch: Any) -> dict[str, Any]:
     """What the browser makes of a patch."""
     for change in patch.to_plotly_json()["operations"]:
@@ -58,7 +64,7 @@ def test_a_beat_adds_just_what_came(folder: Path, make: Any, smoothing: float) -
     fill(writer, 301, 305)
     write(writer, "loss/mean", [306], [np.nan])
     writer.flush()
-    patches, kept = tick(sheet(folder, view, names), Readings(), ledger)  # any process answers
+    patches, kept = added(sheet(folder, view, names), Readings(), ledger)  # any process answers
     figure = patched(pictures[0].figure, patches["loss/mean"])
     line = figure["data"][0]
     rows = open_run(folder / "run").metrics("loss/mean").to_pandas().sort_values("step")
@@ -72,7 +78,7 @@ def test_a_beat_adds_just_what_came(folder: Path, make: Any, smoothing: float) -
     if smoothing:
         expected, _ = smoothed(values, smoothing)
         assert figure["data"][1]["y"][:-1] == pytest.approx(expected[:-1], rel=1e-5)
-    again, same = tick(sheet(folder, view, names), readings, kept)
+    again, same = added(sheet(folder, view, names), readings, kept)
     assert again == {}
     assert same == kept
 

@@ -10,6 +10,7 @@ from entropylens.figures.panels import PANELS, Shown, panel_of, unit_of
 from entropylens.figures.thinning import POINTS
 
 STEPS = np.arange(1, 4)
+VALUES = np.array([1.0, 2.0, 3.0])
 
 
 def test_what_is_no_number_breaks_the_line_and_is_marked_at_its_step() -> None:
@@ -23,7 +24,7 @@ def test_what_is_no_number_breaks_the_line_and_is_marked_at_its_step() -> None:
 
 def test_spans_are_shaded_and_the_first_is_labelled() -> None:
     spans = [Span(2, 3, "<out>"), Span(5, 6, "out")]
-    document = figure([draw(Shown("a", "a"), STEPS, STEPS * 1.0)], unit="", spans=spans)
+    document = figure([draw(Shown("a", "a"), STEPS, VALUES)], unit="", spans=spans)
     shapes = document["layout"]["shapes"]
     assert [(s["x0"], s["x1"]) for s in shapes] == [(2, 3), (5, 6)]
     assert [a["text"] for a in document["layout"]["annotations"]] == ["&lt;out&gt;"]
@@ -50,7 +51,7 @@ def test_the_axis_says_how_many_of_how_many_points_are_drawn() -> None:
 
 def test_time_is_told_to_plotly_in_milliseconds_and_the_view_as_a_date() -> None:
     times = np.array([1.7e9, 1.7e9 + 0.5, 1.7e9 + 1])
-    drawn = draw(Shown("a", "a"), STEPS, STEPS * 1.0, times)
+    drawn = draw(Shown("a", "a"), STEPS, VALUES, times)
     document = figure([drawn], unit="", axis=Axis("time", (1.7e9, 1.7e9 + 1)))
     assert document["data"][0]["x"].tolist() == [1.7e12, 1.7e12 + 500, 1.7e12 + 1000]
     assert document["layout"]["xaxis"]["range"][0] == "2023-11-14 22:13:20.000000"
@@ -58,7 +59,7 @@ def test_time_is_told_to_plotly_in_milliseconds_and_the_view_as_a_date() -> None
 
 def test_names_from_a_log_are_text() -> None:
     evil = "<a href='javascript:alert(1)'>x</a>"
-    drawn = draw(Shown("a", evil), STEPS, STEPS * 1.0)
+    drawn = draw(Shown("a", evil), STEPS, VALUES)
     lane = marks_figure([Mark(1, evil, "error", evil)], Axis())
     shown = json.dumps([figure([drawn], unit=""), lane], cls=PlotlyJSONEncoder)
     assert "<a" not in shown
@@ -67,7 +68,7 @@ def test_names_from_a_log_are_text() -> None:
 
 def test_grave_marks_are_lines_and_all_stand_in_their_lane() -> None:
     marks = [Mark(1, "alarm", "error", "bad"), Mark(2, "run/start", "info", "begins")]
-    drawn = draw(Shown("a", "a"), STEPS, STEPS * 1.0)
+    drawn = draw(Shown("a", "a"), STEPS, VALUES)
     shapes = figure([drawn], unit="", marks=marks, reference=1.0)["layout"]["shapes"]
     assert [(s["x0"], s.get("y0")) for s in shapes] == [(1, 0), (0, 1.0)]
     lane = marks_figure(marks, Axis())
@@ -78,9 +79,9 @@ def test_grave_marks_are_lines_and_all_stand_in_their_lane() -> None:
 @pytest.mark.parametrize("is_small", [False, True])
 def test_plotly_accepts_every_attribute(is_small: bool) -> None:
     drawn = [
-        draw(Shown("a", "a", role="low"), STEPS, STEPS * 1.0),
-        draw(Shown("a", "a", role="high"), STEPS, STEPS * 2.0),
-        draw(Shown("a", "a"), STEPS, STEPS * 1.5),
+        draw(Shown("a", "a", role="low"), STEPS, VALUES),
+        draw(Shown("a", "a", role="high"), STEPS, 2 * VALUES),
+        draw(Shown("a", "a"), STEPS, 1.5 * VALUES),
     ]
     marks = [Mark(1, "alarm", "warning", "x")]
     for axis in (Axis(), Axis("time", (1.0, 2.0)), Axis("hours")):

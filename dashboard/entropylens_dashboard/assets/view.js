@@ -1,5 +1,4 @@
 (function () {
-  const none = window.dash_clientside && window.dash_clientside.no_update;
   const plain = { by: 'step', smooth: 0, scale: 'panel', ratio: 'no' };
 
   function inAddress(values) {
@@ -53,6 +52,11 @@
       },
       beat: function (count) {
         return document.hidden ? window.dash_clientside.no_update : count;
+      },
+      beats: function (count) {
+        const none = window.dash_clientside.no_update;
+        if (document.hidden) return [none, none];
+        return [count, count % 3 ? none : count];
       },
       toCompare: function (clicks, rows, prefix) {
         if (clicks && rows && rows.length) {

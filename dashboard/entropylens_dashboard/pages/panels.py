@@ -19,7 +19,7 @@ MakeSheet = Callable[[Desk, Mapping[str, Any], View, Mapping[str, Any]], Sheet]
 """From a page's specification, the view and the controls to a sheet that was not read yet."""
 
 
-def controls(query: Mapping[str, str], more: list[Any]) -> Any:
+def controls(query: Mapping[str, Any], more: list[Any]) -> Any:
     """The row of controls; their values come from the address."""
     view = View.parse(query)
     by = dmc.SegmentedControl(data=["step", "tokens", "time"], value=view.by, size="xs")
@@ -43,7 +43,7 @@ def controls(query: Mapping[str, str], more: list[Any]) -> Any:
     )
 
 
-def frame(spec: Mapping[str, Any], query: Mapping[str, str]) -> list[Any]:
+def frame(spec: Mapping[str, Any], query: Mapping[str, Any]) -> list[Any]:
     """The stores that drawing goes by."""
     within = query.get("within", "").split("~")
     return [
@@ -53,6 +53,7 @@ def frame(spec: Mapping[str, Any], query: Mapping[str, str]) -> list[Any]:
         dcc.Store(id="ledger"),
         dcc.Store(id="again", data=0),
         dcc.Store(id="beat"),
+        dcc.Store(id="third-beat"),
         dcc.Interval(id="clock", interval=BEAT_MILLISECONDS),
         html.Div(id="none", hidden=True),
     ]
@@ -156,7 +157,12 @@ def _register_browser(app: Dash) -> None:
         Input("unzoom", "n_clicks"),
         prevent_initial_call=True,
     )
-    app.clientside_callback(local("beat"), Output("beat", "data"), Input("clock", "n_intervals"))
+    app.clientside_callback(
+        local("beats"),
+        Output("beat", "data"),
+        Output("third-beat", "data"),
+        Input("clock", "n_intervals"),
+    )
     for name, pattern in (("png", {"png": ALL}), ("larger", {"larger": ALL}), ("print", "print")):
         app.clientside_callback(
             local(name),

@@ -95,24 +95,23 @@ def register(app: Dash, desk: Desk) -> None:
     def refresh(beat: Any, looked: Any, tags: Any) -> Any:
         entries = {entry.id: entry for entry in desk.library.entries()}
         known = dict(looked or {})
-        rows = {run_id: _facts(desk, entry, tags) for run_id, entry in entries.items()}
         fresh = _look(desk, entries, known)
-        for run_id, cells in fresh.items():
-            rows[run_id] |= cells
+        rows = {i: _facts(desk, e, tags) | fresh.get(i, {}) for i, e in entries.items()}
+        # What a grid row was last told, and when its series were last looked at.
+        told = {i: [time.time() if i in fresh else _seen(known, i), _told(rows[i])] for i in rows}
+        news = [i for i in rows if i in fresh or i not in known or known[i][1] != told[i][1]]
+        # A row that was in the page from its start is known to the grid before it is to us.
+        is_first = not known
         change = {
-            "add": [row for run_id, row in rows.items() if run_id not in known],
-            "update": [row for run_id, row in rows.items() if run_id in known],
-            "remove": [{"id": run_id} for run_id in known if run_id not in entries],
+            "add": [rows[i] for i in news if i not in known and not is_first],
+            "update": [rows[i] for i in news if i in known or is_first],
+            "remove": [{"id": i} for i in known if i not in entries],
             "async": False,
         }
-        # A row that was in the page from its start is known to the grid before it is to us.
-        if not known:
-            change["update"], change["add"] = change["add"], []
-        now = {i: known.get(i, 0.0) for i in entries} | {i: time.time() for i in fresh}
-        unread = sum(not seen for seen in now.values())
+        unread = sum(not seen for seen, _ in told.values())
         count = f"{len(entries)} in the folder" + (f", {unread} still to be read" if unread else "")
-        again = now if fresh or set(now) != set(known) else no_update
-        return change, again, count
+        is_news = any(change[kind] for kind in ("add", "update", "remove"))
+        return change if is_news else no_update, told if is_news else no_update, count
 
     @app.callback(
         Output("runs", "dashGridOptions"),
@@ -182,6 +181,15 @@ def _facts(desk: Desk, entry: Entry, tags: Mapping[str, str] | None = None) -> d
     }
 
 
+def _seen(known: Mapping[str, Any], run_id: str) -> float:
+    return float(known[run_id][0]) if run_id in known else 0.0
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """What changes in a row whose series are not looked at; the age does, but is no news."""
+    return f"{row['name']} {row['state']} {row['state_title']} {row['steps']} {row['tags']}"
+
+
 def _own_tags(entry: Entry) -> str:
     user = {} if entry.run is None else entry.run.config.get("user")
     tags = user.get("tags") if isinstance(user, Mapping) else None
@@ -191,13 +199,13 @@ def _own_tags(entry: Entry) -> str:
 
 
 def _look(
-    desk: Desk, entries: Mapping[str, Entry], known: Mapping[str, float]
+    desk: Desk, entries: Mapping[str, Entry], known: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Series of runs that were not looked at, or some time ago, as far as the time goes."""
     until, now = time.monotonic() + _LOOK_SECONDS, time.time()
     found: dict[str, dict[str, Any]] = {}
     for run_id, entry in entries.items():
-        seen = known.get(run_id, 0.0)
+        seen = _seen(known, run_id)
         is_live = entry.state in ("running", "stalled", "starting")
         if seen and not (is_live and now - seen > _AGAIN_SECONDS):
             continue

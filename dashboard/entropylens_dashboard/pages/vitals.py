@@ -96,13 +96,12 @@ def register(app: Dash, desk: Desk) -> None:
         Output("verdict", "children"),
         Output("events", "children"),
         Output("lane", "figure"),
-        Input("beat", "data"),
+        Input("third-beat", "data"),
         Input("within", "data"),
         Input("view", "data"),
         State("spec", "data"),
-        State("ledger", "data"),
     )
-    def words(beat: Any, within: Any, view: Any, spec: Any, ledger: Any) -> Any:
+    def words(beat: Any, within: Any, view: Any, spec: Any) -> Any:
         entry = desk.library.find(spec["runs"][0])
         if entry is None or entry.run is None:
             gone = "This run is no longer in the folder: deleted, renamed beyond recognition, or "
