@@ -54,6 +54,13 @@ class Desk:
         """The address of a run's page."""
         return f"{self.prefix}run/{entry.id}{page}"
 
+    def asked(self, spec: Any) -> Entry | None:
+        """The run that a page is about; None where it is gone, or nothing sensible was asked."""
+        ids = spec.get("runs") if isinstance(spec, Mapping) else None
+        first = ids[0] if isinstance(ids, list) and ids else None
+        found = self.find([first]) if isinstance(first, str) else {}
+        return next(iter(found.values()), None)
+
     def find(self, ids: Sequence[str]) -> dict[str, Entry]:
         """Those of the runs that are there and can be read, in order."""
         found = {run_id: self.library.find(run_id) for run_id in dict.fromkeys(ids)}

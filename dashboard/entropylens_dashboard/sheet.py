@@ -6,26 +6,23 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from dash import Patch
 from numpy.typing import NDArray
 
 from entropylens.analysis.compare import aligned, ratio
-from entropylens.figures.drawing import Axis, Drawn, Mark, axis_title, draw, figure
+from entropylens.figures.drawing import Axis, Drawn, Mark, draw, figure
 from entropylens.figures.panels import Panel, Shown, unit_of
-from entropylens.figures.thinning import Memory, smoothed
+from entropylens.figures.thinning import smoothed
 from entropylens.store.points import Key, Points
 from entropylens.store.reader import Run
 from entropylens_dashboard.readings import Readings, Stretch
 
-__all__ = ["Ask", "Picture", "Sheet", "View", "tick"]
+__all__ = ["Ask", "Picture", "Sheet", "View", "texts"]
 
 TOKENS: Final = Key("tokens/seen", "", "train")
 POINTS: Final = 1000
 """Points of a line; less where many runs share a figure."""
 POINTS_OF_ALL: Final = 20_000
 """Points of a figure."""
-MOST_NEW: Final = 500
-"""New points of a line that are added to it; where there are more the figure is drawn anew."""
 AXES: Final = ("step", "tokens", "time")
 
 
@@ -42,6 +39,7 @@ class View:
     @classmethod
     def parse(cls, controls: Mapping[str, Any], within: Any = None) -> "View":
         """The view that controls ask for; what makes no sense is left at its default."""
+        controls = controls if isinstance(controls, Mapping) else {}
         by = controls.get("by")
         scale = controls.get("scale")
         return cls(
@@ -50,6 +48,17 @@ class View:
             {"log": True, "linear": False}.get(str(scale)),
             _range(within),
         )
+
+
+def texts(value: Any, default: Sequence[str], most: int) -> list[str]:
+    """A control's list, or the text of it that an address carries; at most so many."""
+    found = value.split(",") if isinstance(value, str) else value
+    known = [one for one in found if isinstance(one, str) and one] if _is_list(found) else []
+    return list(dict.fromkeys(known or default))[:most]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _number(value: Any) -> float | None:
@@ -125,7 +134,8 @@ class Sheet:
         self.panels = [(panel, list(asks)) for panel, asks in panels]
         self._hours, self._marks = hours, marks
         self._series: dict[str, dict[Key, Stretch]] = {}
-        self._starts: dict[str, float] = {}
+        self.starts: dict[str, float] = {}
+        """When each run began, unix seconds."""
         self._ends: dict[str, tuple[float, float]] = {}
         self.cursors: dict[str, str] = {}
 
@@ -145,7 +155,7 @@ class Sheet:
             whole = view.smoothing > 0 or (view.within is not None and view.by != "step")
             found, self.cursors[run_id] = readings.look(run, keys, is_whole=whole)
             starts = [float(s.times[0]) for s in found.values() if len(s.times)]
-            self._starts[run_id] = min(starts, default=0.0)
+            self.starts[run_id] = min(starts, default=0.0)
             self._series[run_id] = found
             places = [self.places(run_id, s) for s in found.values() if len(s.steps)]
             edges = [p[[0, -1]] for p in places if np.isfinite(p[[0, -1]]).all()]
@@ -178,7 +188,7 @@ class Sheet:
             stretch.times,
             None if tokens is None else (tokens.steps, tokens.values),
             "time" if axis.by == "hours" else "tokens",
-            start=self._starts[run_id],
+            start=self.starts[run_id],
         )
         return seconds / 3600 if axis.by == "hours" else seconds
 
@@ -199,8 +209,9 @@ class Sheet:
         asks = {ask.name: ask for picture in pictures for ask in picture.asks}
         return {
             "cursors": self.cursors,
-            "starts": self._starts,
+            "starts": self.starts,
             "reaches_end": self.reaches_end(),
+            "extent": self._extent(),
             "lines": {p.panel.key: [ask.name for ask in p.asks] for p in pictures},
             "last": {name: self._last(ask) for name, ask in asks.items()},
             "memory": {
@@ -279,112 +290,6 @@ class Sheet:
             marks=self._marks,
             revision=f"{self.view.by} {self.baseline}",
         )
-
-
-def tick(
-    sheet: Sheet, readings: Readings, ledger: Mapping[str, Any]
-) -> tuple[dict[str, Patch], dict[str, Any]] | None:
-    """What is added to the figures since the ledger was written.
-
-    Args:
-        sheet: As the figures were drawn from; it need not have been read.
-        readings: Where rows come from.
-        ledger: What the browser kept.
-
-    Returns:
-        Patches by panel, and the ledger to keep; None where the figures have to be drawn anew: a
-        run was resumed or merged, a series is new, or there is too much to add.
-    """
-    if not ledger["reaches_end"]:
-        return {}, dict(ledger)
-    view = sheet.view
-    if sheet.baseline is not None or view.by == "tokens" or view.within is not None:
-        return None if _is_news(sheet, readings, ledger) else ({}, dict(ledger))
-    fresh: dict[str, Points] = {}
-    cursors = dict(ledger["cursors"])
-    asks = {ask.name: ask for _, asks in sheet.panels for ask in asks}
-    for run_id, run in sheet.runs.items():
-        own = {name: ask for name, ask in asks.items() if ask.run_id == run_id}
-        found = readings.since(run, [ask.key for ask in own.values()], cursors[run_id])
-        if found.restarted:
-            return None
-        cursors[run_id] = str(found.cursor)
-        keys = {name: ask.key for name, ask in own.items()}
-        fresh |= {n: found.series[k] for n, k in keys.items() if k in found.series}
-    fresh = {name: points for name, points in fresh.items() if len(points.steps)}
-    if not _can_be_added(fresh, ledger):
-        return None
-    sheet._starts = dict(ledger["starts"])
-    kept = {**ledger, "cursors": cursors, "last": dict(ledger["last"])}
-    kept["memory"], kept["counts"] = dict(ledger["memory"]), dict(ledger["counts"])
-    patches = {}
-    for panel, lines in ledger["lines"].items():
-        patch = _added(sheet, panel, [asks[name] for name in lines], fresh, kept)
-        if patch is not None:
-            patches[panel] = patch
-    for name, points in fresh.items():
-        kept["last"][name] = int(points.steps[-1])
-    return patches, kept
-
-
-def _is_news(sheet: Sheet, readings: Readings, ledger: Mapping[str, Any]) -> bool:
-    for run_id, run in sheet.runs.items():
-        keys = [ask.key for _, asks in sheet.panels for ask in asks if ask.run_id == run_id]
-        found = readings.since(run, keys, ledger["cursors"][run_id])
-        if found.restarted or any(len(points.steps) for points in found.series.values()):
-            return True
-    return False
-
-
-def _can_be_added(fresh: Mapping[str, Points], ledger: Mapping[str, Any]) -> bool:
-    for name, points in fresh.items():
-        before = ledger["last"].get(name)
-        if before is None or points.steps[0] <= before or len(points.steps) > MOST_NEW:
-            return False
-    return all(shown <= 4 * POINTS_OF_ALL // 10 for shown, _ in ledger["counts"].values())
-
-
-def _added(
-    sheet: Sheet,
-    panel: str,
-    asks: Sequence[Ask],
-    fresh: Mapping[str, Points],
-    kept: dict[str, Any],
-) -> Patch | None:
-    """Points at the end of a figure's traces, in the order that `figures.traces` gives them."""
-    if not any(ask.name in fresh for ask in asks):
-        return None
-    patch, at, smoothing = Patch(), 0, sheet.view.smoothing
-    shown, total = kept["counts"][panel]
-    for ask in asks:
-        is_line = ask.shown.role == "line"
-        width = (3 if smoothing else 2) if is_line else 1
-        points = fresh.get(ask.name)
-        if points is not None:
-            x = sheet.axis.placed(sheet.places(ask.run_id, points)).tolist()
-            wild = ~np.isfinite(points.values)
-            _extend(patch, at, x, points.values)
-            if is_line and smoothing:
-                memory = Memory(*kept["memory"][ask.name])
-                averages, memory = smoothed(points.values, smoothing, memory)
-                kept["memory"][ask.name] = list(memory)
-                _extend(patch, at + 1, x, averages)
-            if is_line and wild.any():
-                places = [place for place, is_wild in zip(x, wild, strict=True) if is_wild]
-                _extend(patch, at + width - 1, places, np.full(len(places), 0.03))
-                patch["data"][at + width - 1]["showlegend"] = True
-                patch["layout"]["showlegend"] = True
-            shown, total = shown + len(x), total + len(x)
-        at += width
-    kept["counts"][panel] = [shown, total]
-    patch["layout"]["xaxis"]["title"]["text"] = axis_title(sheet.axis, shown, total)
-    return patch
-
-
-def _extend(patch: Patch, trace: int, x: list[Any], y: NDArray[np.float64]) -> None:
-    patch["data"][trace]["x"].extend(x)
-    values = [float(f"{value:.7g}") if math.isfinite(value) else None for value in y.tolist()]
-    patch["data"][trace]["y"].extend(values)
 
 
 def _margins(within: tuple[float, float]) -> tuple[float, float]:

@@ -23,6 +23,7 @@ __all__ = [
     "figure",
     "marks_figure",
     "traces",
+    "view_of",
 ]
 
 _LABELS: Final = {
@@ -310,12 +311,10 @@ def _layout(unit: str, axis: Axis, logarithmic: bool, revision: str) -> dict[str
         "type": "date" if axis.by == "time" else "linear",
         "uirevision": f"{revision} {axis.within}",
     }
-    if axis.within is None:
+    if axis.within is None and axis.extent is None:
         x["autorange"] = True
-        if axis.extent is not None:
-            x["autorangeoptions"] = {"include": [_edge_of_view(e, axis) for e in axis.extent]}
     else:
-        x["range"] = [_edge_of_view(edge, axis) for edge in axis.within]
+        x["range"] = view_of(axis)
     y = {"title": {"text": unit}, "zeroline": False, "type": "log" if logarithmic else "linear"}
     if logarithmic:
         y["dtick"] = "D2"
@@ -332,6 +331,17 @@ def _layout(unit: str, axis: Axis, logarithmic: bool, revision: str) -> dict[str
         "yaxis": y,
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     }
+
+
+def view_of(axis: Axis) -> list[Any]:
+    """The range of the horizontal axis: what is in view, or all with a little room."""
+    if axis.within is not None:
+        edges = axis.within
+    else:
+        low, high = axis.extent or (0.0, 1.0)
+        room = (high - low) * 0.015 or 0.5
+        edges = low - room, high + room
+    return [_edge_of_view(edge, axis) for edge in edges]
 
 
 def _edge_of_view(edge: float, axis: Axis) -> Any:

@@ -8,8 +8,9 @@ from runs_to_show import fill, write
 from entropylens.figures.panels import PANELS, Shown, panel_of
 from entropylens.figures.thinning import smoothed
 from entropylens.store.reader import open_run
+from entropylens_dashboard.news import added
 from entropylens_dashboard.readings import Readings
-from entropylens_dashboard.sheet import POINTS, Ask, Sheet, View, tick
+from entropylens_dashboard.sheet import POINTS, Ask, Sheet, View
 
 
 def sheet(folder: Path, view: View | None = None, names: Any = ("loss/mean",), **more: Any) -> Any:
@@ -24,8 +25,8 @@ def drawn(made: Sheet, readings: Readings | None = None) -> list[Any]:
     return list(made.pictures())
 
 
-def added(*arguments: Any) -> Any:
-    found = tick(*arguments)
+def news(*arguments: Any) -> Any:
+    found = added(*arguments)
     assert found is not None
     return found
 
@@ -64,7 +65,7 @@ def test_a_beat_adds_just_what_came(folder: Path, make: Any, smoothing: float) -
     fill(writer, 301, 305)
     write(writer, "loss/mean", [306], [np.nan])
     writer.flush()
-    patches, kept = added(sheet(folder, view, names), Readings(), ledger)  # any process answers
+    patches, kept = news(sheet(folder, view, names), Readings(), ledger)  # any process answers
     figure = patched(pictures[0].figure, patches["loss/mean"])
     line = figure["data"][0]
     rows = open_run(folder / "run").metrics("loss/mean").to_pandas().sort_values("step")
@@ -78,7 +79,7 @@ def test_a_beat_adds_just_what_came(folder: Path, make: Any, smoothing: float) -
     if smoothing:
         expected, _ = smoothed(values, smoothing)
         assert figure["data"][1]["y"][:-1] == pytest.approx(expected[:-1], rel=1e-5)
-    again, same = added(sheet(folder, view, names), readings, kept)
+    again, same = news(sheet(folder, view, names), readings, kept)
     assert again == {}
     assert same == kept
 
@@ -90,12 +91,12 @@ def test_a_beat_asks_for_new_figures_where_adding_will_not_do(folder: Path, make
     ledger = first.ledger(drawn(first, readings))
     write(writer, "user/late", [301], [1.0])
     writer.flush()
-    assert tick(sheet(folder, names=names), readings, ledger) is None  # a series that is new
+    assert added(sheet(folder, names=names), readings, ledger) is None  # a series that is new
     first = sheet(folder)
     ledger = first.ledger(drawn(first, readings))
     fill(writer, 302, 1000)
     writer.flush()
-    assert tick(sheet(folder), readings, ledger) is None  # too much at once
+    assert added(sheet(folder), readings, ledger) is None  # too much at once
 
 
 def test_a_view_that_does_not_reach_the_end_is_left_alone(folder: Path, make: Any) -> None:
@@ -106,7 +107,7 @@ def test_a_view_that_does_not_reach_the_end_is_left_alone(folder: Path, make: An
         ledger = first.ledger(drawn(first, readings))
         fill(writer, *((301, 302) if expected else (303, 304)))
         writer.flush()
-        answer = tick(sheet(folder, view), readings, ledger)
+        answer = added(sheet(folder, view), readings, ledger)
         assert (answer == ({}, ledger)) is expected
         assert expected or answer is None
 
@@ -158,10 +159,10 @@ def test_a_ratio_is_one_for_the_baseline_and_drawn_anew_on_news(folder: Path, ma
     assert figure["data"][2]["y"] == pytest.approx(3.0 / loss)
     assert pictures[0].unit == "ratio to the baseline"
     ledger = made.ledger(pictures)
-    assert tick(sheet(folder, baseline="a"), readings, ledger) == ({}, ledger)
+    assert added(sheet(folder, baseline="a"), readings, ledger) == ({}, ledger)
     fill(writer, 301, 302)
     writer.flush()
-    assert tick(sheet(folder, baseline="a"), readings, ledger) is None
+    assert added(sheet(folder, baseline="a"), readings, ledger) is None
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ from entropylens.store.points import Key
 from entropylens.store.reader import Run
 from entropylens_dashboard.components import control
 from entropylens_dashboard.desk import Desk
-from entropylens_dashboard.pages.panels import controls, frame, spread
-from entropylens_dashboard.sheet import Ask, Sheet, View
+from entropylens_dashboard.pages.panels import MOST_RUNS, controls, frame, spread
+from entropylens_dashboard.sheet import Ask, Sheet, View, texts
 
 __all__ = ["layout", "register", "sheet"]
 
-MOST_RUNS: Final = 50
 MOST_NAMES: Final = 12
 FIRST: Final = ("loss/mean", "reward/mean", "entropy/token/mean", "gradient/norm/before_clip")
 _NEWEST: Final = 5
@@ -91,9 +90,9 @@ def layout(desk: Desk, query: Mapping[str, str]) -> Any:
 
 def sheet(desk: Desk, spec: Mapping[str, Any], view: View, chosen: Mapping[str, Any]) -> Sheet:
     """One panel for each series, a line for each run, in the run's own colour."""
-    found = desk.find(_list(chosen.get("runs"), spec["runs"])[:MOST_RUNS])
+    found = desk.find(texts(chosen.get("runs"), texts(spec.get("runs"), (), MOST_RUNS), MOST_RUNS))
     panels = []
-    for name in _list(chosen.get("names"), FIRST)[:MOST_NAMES]:
+    for name in texts(chosen.get("names"), FIRST, MOST_NAMES):
         asks = []
         for run_id, entry in found.items():
             colour, dash = desk.colour(run_id)
@@ -101,6 +100,7 @@ def sheet(desk: Desk, spec: Mapping[str, Any], view: View, chosen: Mapping[str, 
         panels.append((Panel(name, name, tuple(ask.shown for ask in asks)), asks))
     runs = {run_id: entry.run for run_id, entry in found.items() if entry.run is not None}
     base = chosen.get("baseline")
+    base = base if isinstance(base, str) else None
     return Sheet(runs, panels, view, hours=True, baseline=base if base in runs else None)
 
 
@@ -117,12 +117,14 @@ def register(app: Dash, desk: Desk) -> None:
         State("spec", "data"),
     )
     def tables(view: Any, spec: Any) -> Any:
-        chosen = view or {}
-        found = desk.find(_list(chosen.get("runs"), spec["runs"])[:MOST_RUNS])
+        chosen, spec = _mapping(view), _mapping(spec)
+        found = desk.find(
+            texts(chosen.get("runs"), texts(spec.get("runs"), (), MOST_RUNS), MOST_RUNS)
+        )
         entries = [entry for entry in found.values() if entry.run is not None]
         runs = [entry.run for entry in entries if entry.run is not None]
         labels = [entry.name for entry in entries]
-        names = _list(chosen.get("names"), FIRST)[:MOST_NAMES]
+        names = texts(chosen.get("names"), FIRST, MOST_NAMES)
         legend = [
             html.Span(
                 [html.Span(className="dot", style={"background": desk.colour(i)[0]}), " ", e.name],
@@ -138,8 +140,8 @@ def register(app: Dash, desk: Desk) -> None:
         State({"control": "names"}, "data"),
     )
     def choices(ids: Any, known: Any) -> Any:
-        names = set(known)
-        for entry in list(desk.find(_list(ids, [])[:MOST_RUNS]).values())[:_NEWEST]:
+        names = set(texts(known, (), 999))
+        for entry in desk.find(texts(ids, (), _NEWEST)).values():
             if entry.run is not None:
                 names |= set(desk.readings.names(entry.run))
         return sorted(names)
@@ -159,7 +161,7 @@ def _outcome(desk: Desk, runs: Sequence[Run], names: Sequence[str]) -> tuple[Any
             values = [v for m in group.members if (v := finals[m].get(name)) is not None]
             row[f"value{at}"] = _interval(values)
         rows.append(row)
-    return columns, rows
+    return [c for c in columns if not rows or any(row[str(c["field"])] for row in rows)], rows
 
 
 def _finals(desk: Desk, run: Run, names: Sequence[str]) -> dict[str, float | None]:
@@ -197,14 +199,12 @@ def _table(name: str) -> Any:
         id=name,
         columnDefs=[],
         rowData=[],
-        defaultColDef={"sortable": True, "resizable": True, "filter": True},
+        defaultColDef={"sortable": True, "resizable": True, "suppressHeaderMenuButton": True},
         dashGridOptions={"rowHeight": 28, "domLayout": "autoHeight", "animateRows": False},
         className="ag-theme-quartz",
         style={"height": None},
     )
 
 
-def _list(value: Any, default: Sequence[str]) -> list[str]:
-    """A control's list, or the text that an address carries."""
-    found = value.split(",") if isinstance(value, str) else value
-    return [str(one) for one in found if one] if found else list(default)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

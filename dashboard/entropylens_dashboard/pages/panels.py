@@ -9,11 +9,14 @@ from dash import ALL, ClientsideFunction, Dash, Input, Output, State, ctx, dcc, 
 from entropylens.errors import EntropyLensError
 from entropylens_dashboard.components import card, control, export_links
 from entropylens_dashboard.desk import Desk
-from entropylens_dashboard.sheet import Sheet, View, tick
+from entropylens_dashboard.news import added
+from entropylens_dashboard.sheet import Sheet, View, texts
 
-__all__ = ["BEAT_MILLISECONDS", "controls", "frame", "register", "spread"]
+__all__ = ["BEAT_MILLISECONDS", "MOST_RUNS", "controls", "frame", "register", "spread"]
 
 BEAT_MILLISECONDS: Final = 2000
+MOST_RUNS: Final = 50
+"""Runs of a page."""
 
 MakeSheet = Callable[[Desk, Mapping[str, Any], View, Mapping[str, Any]], Sheet]
 """From a page's specification, the view and the controls to a sheet that was not read yet."""
@@ -75,6 +78,16 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
     """
     _register_browser(app)
 
+    def made(spec: Any, view: Any, within: Any) -> Sheet | None:
+        """What a browser asks for; None where that makes no sense."""
+        controls = view if isinstance(view, Mapping) else {}
+        page = spec.get("page") if isinstance(spec, Mapping) else None
+        make = sheets.get(page) if isinstance(page, str) else None
+        if make is None:
+            return None
+        asked = {**spec, "runs": texts(spec.get("runs"), (), MOST_RUNS)}
+        return make(desk, asked, View.parse(controls, within), controls)
+
     @app.callback(
         Output("panels", "children"),
         Output("ledger", "data"),
@@ -84,7 +97,9 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         State("spec", "data"),
     )
     def draw(view: Any, within: Any, again: Any, spec: Any) -> Any:
-        sheet = sheets[spec["page"]](desk, spec, View.parse(view or {}, within), view or {})
+        sheet = made(spec, view, within)
+        if sheet is None:
+            return no_update, no_update
         try:
             sheet.read(desk.readings)
         except EntropyLensError as error:
@@ -92,8 +107,9 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         pictures = list(sheet.pictures())
         if not pictures and ctx.triggered_id == "again":  # being deleted: what was read stays
             return no_update, no_update
-        query = {**(view or {}), "page": spec["page"], "runs": ",".join(spec["runs"])}
-        query["within"] = "~".join(map(str, within)) if within else ""
+        given = view if isinstance(view, Mapping) else {}
+        query = {**given, "page": spec["page"], "runs": ",".join(sheet.runs)}
+        query["within"] = "~".join(map(str, sheet.view.within or ()))
         shown = [card(p, export_links(desk.prefix, query, p.panel.key)) for p in pictures]
         return shown or _nothing(sheet), sheet.ledger(pictures)
 
@@ -115,17 +131,18 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         still = [no_update] * len(graphs)
         if ledger is None:  # the first drawing is under way: asking anew would put it off
             return still, no_update, no_update
-        if not ledger.get("cursors"):
-            return still, no_update, (again or 0) + 1
-        sheet = sheets[spec["page"]](desk, spec, View.parse(view or {}, within), view or {})
+        anew = still, no_update, (again if isinstance(again, int) else 0) + 1
+        sheet = made(spec, view, within)
+        if not ledger or sheet is None:
+            return anew
         if not any(asks for _, asks in sheet.panels):
             return still, no_update, no_update
-        if set(ledger["cursors"]) - set(sheet.runs):  # gone: what was read stays on the screen
+        if not sheet.runs:  # gone: what was read stays on the screen
             return still, no_update, no_update
-        added = tick(sheet, desk.readings, ledger)
-        if added is None:
-            return still, no_update, (again or 0) + 1
-        patches, kept = added
+        found = added(sheet, desk.readings, ledger)
+        if found is None:
+            return anew
+        patches, kept = found
         news = no_update if kept == ledger else kept
         return [patches.get(graph, no_update) for graph in graphs], news, no_update
 

@@ -95,7 +95,7 @@ def register(app: Dash, desk: Desk) -> None:
         State("url", "pathname"),
     )
     def rows(spec: Any, path: Any) -> Any:
-        entry = desk.library.find(spec["runs"][0])
+        entry = desk.asked(spec)
         if entry is None or entry.run is None:
             return no_update, ""
         try:

@@ -15,7 +15,7 @@ from entropylens_dashboard.findings import findings
 from entropylens_dashboard.library import Entry
 from entropylens_dashboard.pages.panels import controls, frame, spread
 from entropylens_dashboard.readings import Stretch
-from entropylens_dashboard.sheet import Ask, Sheet, View
+from entropylens_dashboard.sheet import Ask, Sheet, View, texts
 
 __all__ = ["layout", "register", "sheet"]
 
@@ -102,7 +102,7 @@ def register(app: Dash, desk: Desk) -> None:
         State("spec", "data"),
     )
     def words(beat: Any, within: Any, view: Any, spec: Any) -> Any:
-        entry = desk.library.find(spec["runs"][0])
+        entry = desk.asked(spec)
         if entry is None or entry.run is None:
             gone = "This run is no longer in the folder: deleted, renamed beyond recognition, or "
             gone += "moved out of it. What was read stays on the screen."
@@ -129,7 +129,7 @@ def register(app: Dash, desk: Desk) -> None:
         Output("findings", "children"), Input("slow-clock", "n_intervals"), State("spec", "data")
     )
     def happened(count: Any, spec: Any) -> Any:
-        entry = desk.library.find(spec["runs"][0])
+        entry = desk.asked(spec)
         if entry is None or entry.run is None:
             return no_update
         try:
@@ -143,10 +143,10 @@ def register(app: Dash, desk: Desk) -> None:
         State({"control": "more"}, "data"),
     )
     def choices(spec: Any, known: Any) -> Any:
-        entry = desk.library.find(spec["runs"][0])
+        entry = desk.asked(spec)
         if entry is None or entry.run is None:
             return no_update
-        return sorted({*known, *desk.readings.names(entry.run)})
+        return sorted({*texts(known, (), 999), *desk.readings.names(entry.run)})
 
 
 def _extent(series: Mapping[str, Stretch], by: str) -> tuple[float, float] | None:
@@ -161,9 +161,7 @@ def _extent(series: Mapping[str, Stretch], by: str) -> tuple[float, float] | Non
 
 
 def _added(chosen: Mapping[str, Any]) -> list[str]:
-    found = chosen.get("more") or []
-    names = found.split(",") if isinstance(found, str) else list(found)
-    return [str(name) for name in names if name][:MOST_ADDED]
+    return texts(chosen.get("more"), (), MOST_ADDED)
 
 
 def _listed(alarms: Any, seen: Any) -> list[Any]:
