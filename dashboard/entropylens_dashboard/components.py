@@ -73,7 +73,8 @@ def said(sentences: Sequence[str]) -> Any:
 def control(name: str, label: str, component: Any) -> Any:
     """A control whose value is part of the view, and of the address."""
     component.id = {"control": name}
-    return html.Div([html.Label(label, className="soft"), component], className="control")
+    words = html.Label(label, htmlFor=f'{{"control":"{name}"}}', className="soft")
+    return html.Div([words, component], className="control")
 
 
 def card(picture: Picture, links: Mapping[str, str]) -> Any:

@@ -1,9 +1,11 @@
 """Series of the library's runs, kept in memory as long as they are looked at."""
 
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -33,6 +35,7 @@ MEMORY_BYTES: Final = 256 * 2**20
 """What one process keeps."""
 
 _LIST_SECONDS: Final = 20.0
+_QUIET: Final = 1000
 _LISTS: Final = 20
 """Runs whose lists of series are remembered."""
 
@@ -89,6 +92,7 @@ class Readings:
         self._memory_bytes = memory_bytes
         self._kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._bytes = 0
+        self._quiet: dict[tuple[str, str], tuple[str, str]] = {}
         self._lists: dict[tuple[str, str], tuple[int, float, list[SeriesFacts]]] = {}
         self._lock = threading.RLock()
 
@@ -151,10 +155,19 @@ class Readings:
         return {key: stretch for key, stretch in cut.items() if len(stretch.steps)}
 
     def since(self, run: Run, keys: Iterable[Key], cursor: str) -> Found:
-        """What came after a cursor; nothing is remembered, so that any process can answer."""
+        """What came after a cursor; files that did not change since are not read again."""
         wanted = list(dict.fromkeys(keys))
         _check_count(wanted)
-        return _read(run, wanted, since=cursor)
+        place, now = (str(run.path), run.run_id), _files(run)
+        if self._quiet.get(place) == (cursor, now):
+            return Found({}, Cursor.parse(cursor), False, [])
+        found = _read(run, wanted, since=cursor)
+        if not found.restarted and str(found.cursor) == cursor:
+            with self._lock:
+                while len(self._quiet) >= _QUIET:
+                    self._quiet.pop(next(iter(self._quiet)))
+                self._quiet[place] = cursor, now
+        return found
 
     def series(self, run: Run) -> list[SeriesFacts]:
         """All series of a run; looked at again at most every 20 s while it is written."""
@@ -320,6 +333,19 @@ def _followed(run: Run, key: Key, before: Stretch | None, after: Points | None) 
     earlier = _cut(before, int(before.steps[0]), first - 1)
     lost = len(before.steps) - len(earlier.steps)
     return replace(earlier, total=before.total - lost, is_whole=before.is_whole).followed_by(again)
+
+
+def _files(run: Run) -> str:
+    """What changes when rows of the metrics table, or an attempt, are added."""
+    facts = []
+    for place in ("run.json", "status", "metrics"):
+        with suppress(OSError):
+            facts.append(os.stat(run.path / place).st_mtime_ns)
+    with suppress(OSError):
+        for entry in os.scandir(run.path / "metrics"):
+            if entry.name.endswith(".arrows"):
+                facts.append(entry.stat().st_size)
+    return str(facts)
 
 
 def _earliest(cursors: Sequence[Cursor]) -> Cursor:

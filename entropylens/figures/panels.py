@@ -111,7 +111,7 @@ PANELS: Final = (
     Panel(
         "conditioning",
         "Worst condition number",
-        (Shown("conditioning/kappa/max", "largest", "red"),),
+        (Shown("conditioning/kappa_max", "largest", "red"),),
         logarithmic=True,
     ),
     Panel(

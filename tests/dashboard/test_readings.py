@@ -159,3 +159,23 @@ def test_a_list_of_series_is_read_again_once_it_has_grown(
     write(writer, "user/new", [11], [1.0])
     writer.close()
     assert "user/new" in readings.names(run)
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, readings = make("run"), Readings()
+    run = open_run(folder / "run")
+    _, cursor = readings.look(run, [LOSS])
+    assert readings.since(run, [LOSS], cursor).series == {}
+    real = module.read_points
+    monkeypatch.setattr(module, "read_points", None)
+    assert readings.since(run, [LOSS], cursor).series == {}
+    monkeypatch.setattr(module, "read_points", real)
+    fill(writer, 301, 302)
+    writer.flush()
+    assert readings.since(run, [LOSS], cursor).series[LOSS].steps.tolist() == [301, 302]
+    writer.close()
+    shown = readings.since(run, [LOSS], cursor)
+    assert shown.series[LOSS].steps.tolist() == [301, 302]
+    assert readings.since(run, [LOSS], str(shown.cursor)).series == {}
