@@ -8,8 +8,10 @@ from urllib.parse import parse_qsl, urlsplit
 import dash_mantine_components as dmc
 from dash import Dash, Input, Output, State, dcc, html
 
-from entropylens_dashboard import exports
-from entropylens_dashboard.desk import Desk
+from entropylens.figures.panels import PANELS
+from entropylens.store.points import Key
+from entropylens_dashboard import exports, findings
+from entropylens_dashboard.desk import HEADLINES, Desk
 from entropylens_dashboard.library import Library
 from entropylens_dashboard.pages import compare, panels, runs, series, vitals
 from entropylens_dashboard.readings import Readings
@@ -46,7 +48,9 @@ def create_app(folder: str | Path, *, prefix: str = "/") -> Dash:
     Raises:
         EntropyLensError: There is no such folder.
     """
-    desk = Desk(Library(folder), Readings(), prefix)
+    common = [Key(shown.name, "", shown.phase) for panel in PANELS for shown in panel.series]
+    common += [Key(name, "", "train") for name in (*HEADLINES, *findings.NAMES)]
+    desk = Desk(Library(folder), Readings(common=dict.fromkeys(common)), prefix)
     app = Dash(
         "entropylens",
         assets_folder=str(_ASSETS),

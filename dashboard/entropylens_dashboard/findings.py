@@ -11,15 +11,16 @@ from entropylens.store.points import Key
 from entropylens.store.reader import Run
 from entropylens_dashboard.readings import Readings, Stretch
 
-__all__ = ["findings"]
+__all__ = ["NAMES", "findings"]
 
-_NAMES: Final = (
+NAMES: Final = (
     "loss/mean",
     "learning_rate",
     "entropy/token/mean",
     "gradient/norm/before_clip",
     "overhead/fraction",
 )
+"""Series that the sentences speak of."""
 _MOST: Final = 4000
 """Points of a series that are looked at."""
 
@@ -37,7 +38,7 @@ def findings(readings: Readings, run: Run) -> list[str]:
     Raises:
         EntropyLensError: Reading took too long.
     """
-    found, _ = readings.look(run, [Key(name, "", "train") for name in _NAMES])
+    found, _ = readings.look(run, [Key(name, "", "train") for name in NAMES])
     curves = {key.name: _curve(key.name, stretch) for key, stretch in found.items()}
     loss, rate = curves.get("loss/mean"), curves.get("learning_rate")
     overview = Overview(

@@ -18,8 +18,8 @@ __all__ = ["added"]
 
 MOST_NEW: Final = 500
 """New points of a line that are added to it; where there are more the figure is drawn anew."""
-MOST_SHOWN: Final = 8000
-"""Points of a figure beyond which it is drawn anew, thinned."""
+MOST_SHOWN: Final = 2500
+"""Points of a line beyond which its figure is drawn anew, thinned."""
 
 Ledger = Mapping[str, Any]
 """What `Sheet.ledger` gives."""
@@ -129,7 +129,8 @@ def _can_be_added(fresh: Mapping[str, Points], ledger: Ledger) -> bool:
         before = ledger["last"].get(name)
         if before is None or points.steps[0] <= before or len(points.steps) > MOST_NEW:
             return False
-    return all(shown <= MOST_SHOWN for shown, _ in ledger["counts"].values())
+    lines, counts = ledger["lines"], ledger["counts"]
+    return all(counts[panel][0] <= MOST_SHOWN * len(lines[panel]) for panel in lines)
 
 
 def _extended(

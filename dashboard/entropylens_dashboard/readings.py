@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entropylens.errors import EntropyLensError
+from entropylens.figures.thinning import kept as thinned
 from entropylens.store.points import (
     Found,
     Key,
@@ -33,6 +34,10 @@ MOST_SERIES: Final = 200
 """Series that one request may ask of a run."""
 MEMORY_BYTES: Final = 256 * 2**20
 """What one process keeps."""
+LONG: Final = 50_000
+"""Values of a series beyond which only extremes of stretches are kept, unless all are asked for."""
+_SKETCH: Final = 4000
+"""Points that are then kept."""
 
 _LIST_SECONDS: Final = 20.0
 _QUIET: Final = 1000
@@ -86,10 +91,13 @@ class Readings:
 
     Args:
         memory_bytes: What is kept at most, the oldest is dropped.
+        common: Series that pages ask for one after the other: where a run can only be read from its
+            rows, all of them are read with the first.
     """
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._memory_bytes = memory_bytes
+    def __init__(self, memory_bytes: int = MEMORY_BYTES, common: Iterable[Key] = ()) -> None:
+        self._memory_bytes, self._common = memory_bytes, tuple(common)
+        self._readers: dict[tuple[str, str], threading.Lock] = {}
         self._kept: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._bytes = 0
         self._quiet: dict[tuple[str, str], tuple[str, str]] = {}
@@ -116,12 +124,14 @@ class Readings:
         _check_count(wanted)
         series: dict[Key, Stretch] = {}
         cursors: list[Cursor] = []
-        for cursor, group in self._by_cursor(run, wanted, is_whole).items():
-            read, reached = self._go_on(run, group, cursor, is_whole)
-            for key in group:
-                self._keep(run, key, read.get(key), reached)
-            series |= read
-            cursors.append(reached)
+        # Pages ask for the same series at once: the second finds what the first has read.
+        with self._reader(run):
+            for cursor, group in self._by_cursor(run, wanted, is_whole).items():
+                read, reached = self._go_on(run, group, cursor, is_whole)
+                for key in {*group, *read}:
+                    self._keep(run, key, read.get(key), reached)
+                series |= {key: read[key] for key in group if key in read}
+                cursors.append(reached)
         return series, str(_earliest(cursors)) if cursors else ""
 
     def within(self, run: Run, keys: Iterable[Key], first: int, last: int) -> dict[Key, Stretch]:
@@ -190,6 +200,10 @@ class Readings:
 
     # -- memory ----------------------------------------------------------------------------------
 
+    def _reader(self, run: Run) -> threading.Lock:
+        with self._lock:
+            return self._readers.setdefault((str(run.path), run.run_id), threading.Lock())
+
     def _by_cursor(
         self, run: Run, keys: Sequence[Key], is_whole: bool
     ) -> dict[Cursor | None, list[Key]]:
@@ -209,10 +223,17 @@ class Readings:
             looked = _look_first(run, keys)
             if looked is not None:
                 return looked
-        found = _read(run, keys, since=cursor)
+            keys = [*keys, *(key for key in self._common if self._recall(run, key) is None)]
+        if cursor is None:
+            found = _read(run, list(dict.fromkeys(keys)))
+        else:
+            found = self.since(run, keys, str(cursor))
         fresh = {key: points for key, points in found.series.items() if key in keys}
         if cursor is None or found.restarted:
-            return {key: _whole(points) for key, points in fresh.items()}, found.cursor
+            series = {key: _whole(points) for key, points in fresh.items()}
+            if not is_whole:
+                series = {key: _shortened(stretch) for key, stretch in series.items()}
+            return series, found.cursor
         series = {}
         for key in keys:
             kept = self._recall(run, key)
@@ -220,7 +241,7 @@ class Readings:
                 return self._go_on(run, keys, None, is_whole)
             stretch = _followed(run, key, kept.stretch, fresh.get(key))
             if stretch is not None:
-                series[key] = stretch
+                series[key] = stretch if stretch.is_whole else _shortened(stretch)
         return series, found.cursor
 
     def _recall(self, run: Run, key: Key) -> _Kept | None:
@@ -313,6 +334,15 @@ def _sketched(sketch: Sketch) -> Stretch:
 
 def _whole(points: Points) -> Stretch:
     return Stretch(points.steps, points.times, points.values, len(points.steps))
+
+
+def _shortened(stretch: Stretch) -> Stretch:
+    """The extremes of stretches of a long series, and a NaN of each that has one."""
+    if len(stretch.steps) <= (LONG if stretch.is_whole else 2 * _SKETCH):
+        return stretch
+    chosen = thinned(stretch.steps, stretch.values, _SKETCH)
+    parts = stretch.steps[chosen], stretch.times[chosen], stretch.values[chosen]
+    return Stretch(*parts, stretch.total, is_whole=False)
 
 
 def _cut(stretch: Stretch, first: int, last: int) -> Stretch:

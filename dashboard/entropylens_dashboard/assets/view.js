@@ -53,10 +53,10 @@
       beat: function (count) {
         return document.hidden ? window.dash_clientside.no_update : count;
       },
-      beats: function (count) {
-        const none = window.dash_clientside.no_update;
-        if (document.hidden) return [none, none];
-        return [count, count % 3 ? none : count];
+      third: function (count, asked, answered) {
+        // Not before the last was answered; an answer that never comes is waited for a minute.
+        const waits = asked && asked !== answered && count - asked < 30;
+        return count % 3 || waits ? window.dash_clientside.no_update : count;
       },
       toCompare: function (clicks, rows, prefix) {
         if (clicks && rows && rows.length) {

@@ -56,7 +56,6 @@ def frame(spec: Mapping[str, Any], query: Mapping[str, Any]) -> list[Any]:
         dcc.Store(id="ledger"),
         dcc.Store(id="again", data=0),
         dcc.Store(id="beat"),
-        dcc.Store(id="third-beat"),
         dcc.Interval(id="clock", interval=BEAT_MILLISECONDS),
         html.Div(id="none", hidden=True),
     ]
@@ -174,12 +173,7 @@ def _register_browser(app: Dash) -> None:
         Input("unzoom", "n_clicks"),
         prevent_initial_call=True,
     )
-    app.clientside_callback(
-        local("beats"),
-        Output("beat", "data"),
-        Output("third-beat", "data"),
-        Input("clock", "n_intervals"),
-    )
+    app.clientside_callback(local("beat"), Output("beat", "data"), Input("clock", "n_intervals"))
     for name, pattern in (("png", {"png": ALL}), ("larger", {"larger": ALL}), ("print", "print")):
         app.clientside_callback(
             local(name),

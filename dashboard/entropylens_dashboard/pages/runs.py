@@ -22,8 +22,6 @@ _BEAT: Final = 3000
 _LOOK_SECONDS: Final = 0.6
 """How long one request goes on reading series of runs that were not looked at yet."""
 _SPARK: Final = 60
-_AGAIN_SECONDS: Final = 20.0
-"""After which a run that still writes is looked at again."""
 
 _CELLS: Final = ("loss", "entropy", "gradient")
 
@@ -94,20 +92,13 @@ def register(app: Dash, desk: Desk) -> None:
     )
     def refresh(beat: Any, looked: Any, tags: Any) -> Any:
         entries = {entry.id: entry for entry in desk.library.entries()}
-        known = dict(looked or {})
-        fresh = _look(desk, entries, known)
-        rows = {i: _facts(desk, e, tags) | fresh.get(i, {}) for i, e in entries.items()}
-        # What a grid row was last told, and when its series were last looked at.
-        told = {i: [time.time() if i in fresh else _seen(known, i), _told(rows[i])] for i in rows}
-        news = [i for i in rows if i in fresh or i not in known or known[i][1] != told[i][1]]
-        # A row that was in the page from its start is known to the grid before it is to us.
-        is_first = not known
-        change = {
-            "add": [rows[i] for i in news if i not in known and not is_first],
-            "update": [rows[i] for i in news if i in known or is_first],
-            "remove": [{"id": i} for i in known if i not in entries],
-            "async": False,
-        }
+        known = {i: told for i, told in _mapping(looked).items() if _is_told(told)}
+        rows = {i: _facts(desk, entry, _mapping(tags)) for i, entry in entries.items()}
+        fresh = _look(desk, entries, rows, known)
+        told = {i: [now, _told(rows[i])] for i, now in fresh.items()}
+        for run_id in set(rows) - set(fresh):
+            told[run_id] = known.get(run_id, [0.0, ""])
+        change = _change(rows, set(fresh), known)
         unread = sum(not seen for seen, _ in told.values())
         count = f"{len(entries)} in the folder" + (f", {unread} still to be read" if unread else "")
         is_news = any(change[kind] for kind in ("add", "update", "remove"))
@@ -181,12 +172,8 @@ def _facts(desk: Desk, entry: Entry, tags: Mapping[str, str] | None = None) -> d
     }
 
 
-def _seen(known: Mapping[str, Any], run_id: str) -> float:
-    return float(known[run_id][0]) if run_id in known else 0.0
-
-
 def _told(row: Mapping[str, Any]) -> str:
-    """What changes in a row whose series are not looked at; the age does, but is no news."""
+    """What changes when a run has news; its age does, but is none."""
     return f"{row['name']} {row['state']} {row['state_title']} {row['steps']} {row['tags']}"
 
 
@@ -199,20 +186,46 @@ def _own_tags(entry: Entry) -> str:
 
 
 def _look(
-    desk: Desk, entries: Mapping[str, Entry], known: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Series of runs that were not looked at, or some time ago, as far as the time goes."""
-    until, now = time.monotonic() + _LOOK_SECONDS, time.time()
-    found: dict[str, dict[str, Any]] = {}
-    for run_id, entry in entries.items():
-        seen = _seen(known, run_id)
-        is_live = entry.state in ("running", "stalled", "starting")
-        if seen and not (is_live and now - seen > _AGAIN_SECONDS):
-            continue
-        found[run_id] = _cells(desk, entry)
+    desk: Desk,
+    entries: Mapping[str, Entry],
+    rows: dict[str, dict[str, Any]],
+    known: Mapping[str, Any],
+) -> dict[str, float]:
+    """Look at series of runs that have changed, the one that waits longest first, for a while.
+
+    Returns:
+        When each was looked at; its row has all its cells now, for a grid takes rows as a whole.
+    """
+    until = time.monotonic() + _LOOK_SECONDS
+    changed = [i for i in entries if i not in known or known[i][1] != _told(rows[i])]
+    found: dict[str, float] = {}
+    for run_id in sorted(changed, key=lambda i: known[i][0] if i in known else 0.0):
+        rows[run_id] |= _cells(desk, entries[run_id])
+        found[run_id] = time.time()
         if time.monotonic() > until:
             break
     return found
+
+
+def _change(
+    rows: Mapping[str, Mapping[str, Any]], fresh: set[str], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    # A row that was in the page from its start is known to the grid before it is to us.
+    new = {run_id for run_id in rows if run_id not in known} if known else set()
+    return {
+        "add": [rows[run_id] for run_id in new],
+        "update": [rows[run_id] for run_id in fresh - new],
+        "remove": [{"id": run_id} for run_id in known if run_id not in rows],
+        "async": False,
+    }
+
+
+def _is_told(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | float)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _cells(desk: Desk, entry: Entry) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dash_mantine_components as dmc
-from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
 from entropylens.errors import EntropyLensError
 from entropylens.figures.drawing import Axis, marks_figure
@@ -54,6 +54,8 @@ def layout(desk: Desk, entry: Entry, query: Mapping[str, str]) -> Any:
     return [
         *frame(spec, query),
         dcc.Interval(id="slow-clock", interval=30_000),
+        dcc.Store(id="third-beat"),
+        dcc.Store(id="words-beat"),
         html.Div(title, className="row head"),
         html.Div(id="verdict"),
         controls(query, [control("more", "", more)]),
@@ -96,6 +98,7 @@ def register(app: Dash, desk: Desk) -> None:
         Output("verdict", "children"),
         Output("events", "children"),
         Output("lane", "figure"),
+        Output("words-beat", "data"),
         Input("third-beat", "data"),
         Input("within", "data"),
         Input("view", "data"),
@@ -106,11 +109,12 @@ def register(app: Dash, desk: Desk) -> None:
         if entry is None or entry.run is None:
             gone = "This run is no longer in the folder: deleted, renamed beyond recognition, or "
             gone += "moved out of it. What was read stays on the screen."
-            return state_badge("unknown"), html.Div(gone, className="notice"), no_update, no_update
+            notice = html.Div(gone, className="notice")
+            return state_badge("unknown"), notice, no_update, no_update, beat
         try:
             series = headlines(desk, entry.run)
         except EntropyLensError as error:
-            return state_badge(entry.state), html.Div(str(error)), no_update, no_update
+            return state_badge(entry.state), html.Div(str(error)), no_update, no_update, beat
         seen = events(entry.run)
         judged, alarms = verdict(entry, series, seen)
         line = [html.Span(facts(entry.run, series), className="soft")]
@@ -123,7 +127,17 @@ def register(app: Dash, desk: Desk) -> None:
             verdict_line(judged),
             _listed(alarms, seen),
             lane,
+            beat,
         )
+
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "third"),
+        Output("third-beat", "data"),
+        Input("beat", "data"),
+        State("third-beat", "data"),
+        State("words-beat", "data"),
+        prevent_initial_call=True,
+    )
 
     @app.callback(
         Output("findings", "children"), Input("slow-clock", "n_intervals"), State("spec", "data")
