@@ -51,7 +51,7 @@ def create_app(folder: str | Path, *, prefix: str = "/") -> Dash:
     common = [Key(shown.name, "", shown.phase) for panel in PANELS for shown in panel.series]
     common += [Key(name, "", "train") for name in (*HEADLINES, *findings.NAMES)]
     desk = Desk(Library(folder), Readings(common=dict.fromkeys(common)), prefix)
-    app = Dash(
+    app = _App(
         "entropylens",
         assets_folder=str(_ASSETS),
         requests_pathname_prefix=prefix,
@@ -69,6 +69,14 @@ def create_app(folder: str | Path, *, prefix: str = "/") -> Dash:
         page.register(app, desk)
     exports.register(app, desk, _SHEETS)
     return app
+
+
+class _App(Dash):  # type: ignore[misc]
+    """Tells a browser no versions: they help nobody but an attacker."""
+
+    def _config(self) -> dict[str, Any]:
+        told = {"dash_version", "python_version", "plotly_version", "ddk_version"}
+        return {name: v for name, v in super()._config().items() if name not in told}
 
 
 def _shell(desk: Desk, folder: Path) -> Any:
@@ -113,10 +121,22 @@ def _shell(desk: Desk, folder: Path) -> Any:
 
 def _register_routes(app: Dash, desk: Desk) -> None:
     @app.callback(Output("page", "children"), Input("url", "pathname"), State("url", "href"))
-    def page(path: str, href: str) -> Any:
-        query = dict(parse_qsl(urlsplit(href or "").query))
-        place = (path or "/").removeprefix(desk.prefix.rstrip("/")).strip("/").split("/")
+    def page(path: Any, href: Any) -> Any:
+        query = dict(parse_qsl(_query_of(href)))
+        place = (
+            (path if isinstance(path, str) else "/")
+            .removeprefix(desk.prefix.rstrip("/"))
+            .strip("/")
+            .split("/")
+        )
         return _laid_out(desk, place, query)
+
+
+def _query_of(href: Any) -> str:
+    try:
+        return urlsplit(href).query if isinstance(href, str) else ""
+    except ValueError:
+        return ""
 
 
 def _laid_out(desk: Desk, place: list[str], query: Mapping[str, str]) -> Any:

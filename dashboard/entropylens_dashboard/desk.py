@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 from entropylens.analysis.overview import number
 from entropylens.analysis.summary import last_step
@@ -32,6 +33,8 @@ HEADLINES: Final = (
 )
 """What a run's verdict and its row in the list are made of."""
 
+_LONGEST: Final = 400
+"""Characters of an event's text."""
 _EVENTS: Final = 2000
 """Newest events that are looked at."""
 
@@ -81,7 +84,24 @@ def headlines(desk: Desk, run: Run) -> dict[str, Stretch]:
 def events(run: Run) -> list[dict[str, Any]]:
     """The newest events of a run, in order."""
     rows = run.events().to_arrow().sort_by("time")
-    return rows.slice(max(rows.num_rows - _EVENTS, 0)).to_pylist()
+    rows = rows.slice(max(rows.num_rows - _EVENTS, 0))
+    try:
+        found = rows.to_pylist()
+    except (ValueError, OverflowError):  # a damaged text or time: the other rows are read
+        found = [event for at in range(rows.num_rows) for event in _one(rows.slice(at, 1))]
+    return [_shortened(event) for event in found]
+
+
+def _one(row: pa.Table) -> list[dict[str, Any]]:
+    try:
+        return row.to_pylist()
+    except (ValueError, OverflowError):
+        return []
+
+
+def _shortened(event: dict[str, Any]) -> dict[str, Any]:
+    texts = {k: v[:_LONGEST] for k, v in event.items() if isinstance(v, str)}
+    return {**event, **texts, "step": event["step"] or 0}
 
 
 def verdict(

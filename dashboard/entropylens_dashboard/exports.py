@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import plotly.graph_objects as go
 from dash import Dash
@@ -15,6 +15,9 @@ from entropylens_dashboard.pages.panels import MakeSheet
 from entropylens_dashboard.sheet import Sheet, View
 
 __all__ = ["register"]
+
+
+_FORMULAS: Final = tuple("=+-@＝＋－＠")
 
 
 def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
@@ -73,7 +76,7 @@ def _csv(desk: Desk, sheet: Sheet) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return f"'{text}" if text.strip()[:1] in _FORMULAS or text[:1].isspace() else text
 
 
 def _page(desk: Desk, sheet: Sheet) -> str:

@@ -9,6 +9,7 @@ from entropylens.analysis.spikes import find_jumps, find_spikes
 from entropylens.figures.thinning import kept
 from entropylens.store.points import Key
 from entropylens.store.reader import Run
+from entropylens_dashboard.desk import events
 from entropylens_dashboard.readings import Readings, Stretch
 
 __all__ = ["NAMES", "findings"]
@@ -49,7 +50,7 @@ def findings(readings: Readings, run: Run) -> list[str]:
         [] if loss is None else find_spikes(loss.steps, loss.values),
         [] if rate is None else find_jumps(rate.steps, rate.values),
         None,
-        events=run.events().to_arrow().to_pylist(),
+        events=events(run),
     )
     said = sentences(overview)
     if any(len(curves[key.name].steps) < stretch.total for key, stretch in found.items()):

@@ -77,7 +77,7 @@ def _is_whole(ledger: Any, sheet: Sheet) -> bool:
     if not all(isinstance(ledger[part], Mapping) for part in parts):
         return False
     lines = [name for own in ledger["lines"].values() if isinstance(own, list) for name in own]
-    if not _are(str, lines):
+    if not _are(str, lines) or len(lines) > sum(len(asks) for _, asks in sheet.panels):
         return False
     averaged = {name for name in lines if "\nline\n" in name} if sheet.view.smoothing else set()
     return (

@@ -23,6 +23,10 @@ POINTS: Final = 1000
 """Points of a line; less where many runs share a figure."""
 POINTS_OF_ALL: Final = 20_000
 """Points of a figure."""
+LONGEST: Final = 1000
+"""Characters of a name that a browser may ask for."""
+FARTHEST: Final = 1e15
+"""No step, token or second lies beyond."""
 AXES: Final = ("step", "tokens", "time")
 
 
@@ -53,8 +57,14 @@ class View:
 def texts(value: Any, default: Sequence[str], most: int) -> list[str]:
     """A control's list, or the text of it that an address carries; at most so many."""
     found = value.split(",") if isinstance(value, str) else value
-    known = [one for one in found if isinstance(one, str) and one] if _is_list(found) else []
+    known = [_whole(one) for one in found if isinstance(one, str)] if _is_list(found) else []
+    known = [one for one in known if one and len(one) <= LONGEST]
     return list(dict.fromkeys(known or default))[:most]
+
+
+def _whole(text: str) -> str:
+    """Without half characters, which no answer could carry."""
+    return text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _is_list(value: Any) -> bool:
@@ -64,9 +74,9 @@ def _is_list(value: Any) -> bool:
 def _number(value: Any) -> float | None:
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < FARTHEST else None
 
 
 def _range(value: Any) -> tuple[float, float] | None:

@@ -61,7 +61,8 @@ def final_value(
     _check_lengths("final_value", steps=steps, values=values)
     if not len(steps):
         return FinalValue(None, 0, 0)
-    last = values[steps >= steps[-1] - share * (steps[-1] - steps[0])]
+    first, end = float(steps[0]), float(steps[-1])
+    last = values[steps >= end - share * (end - first)]
     finite = last[np.isfinite(last)]
     mean = float(finite.mean()) if finite.size else None
     return FinalValue(mean, int(finite.size), int(last.size - finite.size))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from typing import Any, Final
 
 from entropylens.store.reader import Run
@@ -226,7 +227,9 @@ def _seeds(configs: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
-    return [
-        label if labels.index(label) == place else f"{label} ({labels[:place].count(label) + 1})"
-        for place, label in enumerate(labels)
-    ]
+    given: list[str] = []
+    for label in labels:
+        numbered = (f"{label} ({number})" for number in count(2))
+        free = (name for name in numbered if name not in given and name not in labels)
+        given.append(next(free) if label in given else label)
+    return given

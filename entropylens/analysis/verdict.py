@@ -1,6 +1,6 @@
 """Is a run in trouble? One level and one sentence, for a list of runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -9,18 +9,17 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from entropylens.analysis.lasting import LEAST_VALUES, left_range
 from entropylens.analysis.overview import Curve, number
-from entropylens.analysis.spikes import Spike, find_spikes
+from entropylens.analysis.spikes import Spike
 from entropylens.figures.thinning import kept
 
 __all__ = ["Alarm", "Series", "Verdict", "judge", "open_alarms"]
 
-LEAST_VALUES: Final = 25
-"""Fewer are not judged: `find_spikes` needs as many to know a usual range."""
-LASTING: Final = 10
-"""Values for which a loss must have been out; one bad batch is no verdict."""
 FAR: Final = 0.2
 """Rise, as a share of the usual value, from which a loss that is out counts as failing."""
+SMALL: Final = 0.01
+"""Rise, as a share of the loss of the first tenth of the run, below which no loss is out."""
 POLICY_RISE: Final = 1.0
 """Least rise of the loss of a run with a reward: policy losses lie near 0, within about 0.1."""
 COLLAPSED: Final = 0.1
@@ -36,8 +35,6 @@ _NAMES: Final = {
     "gradient/norm/before_clip": "gradient",
 }
 _MAIN: Final = ("loss", "reward", "entropy")
-_LONG: Final = 500
-"""Points from which a series is looked at twice."""
 _IN_A_PART: Final = 5
 """Values that a part needs before its median is compared."""
 
@@ -125,7 +122,8 @@ def judge(
 
     - failing: the run failed or crashed; an alarm of severity error is open; the newest loss,
       reward or entropy is not finite; the loss left its usual range upwards (the reward downwards),
-      as `find_spikes` sees it, has been out for 10 values and is 20 % off; the run is stalled.
+      as `find_spikes` sees it, has been out for 10 values, by more than chance, and is 20 % off;
+      the run is stalled.
     - watch: the run was terminated; the loss or reward is out, but by less than 20 %; the entropy
       collapsed; an alarm of severity warning is open; the loss was once not finite; the median
       gradient norm of the last tenth is above 10 times the median before.
@@ -133,7 +131,10 @@ def judge(
     - healthy: otherwise.
 
     Where there is a reward, the loss is a policy's: it lies near 0, often begins at exactly 0, and
-    does not tell how good the policy is, so it must rise by 1 to count as out.
+    does not tell how good the policy is, so it must rise by 1 to count as out. Any other must rise
+    by 1 % of what it was at first: a loss that is nearly 0 may well become three times as high. The
+    10 values are out by chance if their mean differs from that of the 25 values before the range
+    was left by less than 3 standard errors: a reward of few levels has too narrow a usual range.
 
     The entropy collapsed if the median of its last tenth is below 10 % of that of its first tenth
     and below 0.1 nats. Or if the median of its last twentieth is less than half that of the last
@@ -143,12 +144,13 @@ def judge(
 
     Weaknesses: these are plain thresholds, chosen by reason and tried on made-up series, not
     calibrated alarms. A rise so slow that 25 values follow it is not seen. A lasting change of the
-    data looks like a loss that left its range. Learning by heart and collapse are told apart by the
-    loss alone. In a long run the 10 values are of a thinned series, about 1 % of the run's steps.
+    data, and for a while a learning rate that starts anew, look like a loss that left its range.
+    Learning by heart and collapse are told apart by the loss alone. In a long run the 10 values are
+    of a thinned series, about 1 % of the run's steps.
 
     A series of more than 2,000 values is first thinned as figures thin it, so that a series and its
     thinned form get the same verdict. Of one of more than 500 points, whose minima and maxima
-    hide a small rise, the medians of four points at a time are looked at too.
+    hide a small rise, the medians of stretches of about four points are looked at too.
 
     Args:
         state: As `Run.state` says.
@@ -193,11 +195,16 @@ class _Seen:
         """What left its range for good: name, spike, recent level; of a reward upside down."""
         found = []
         for name, sign in (("loss", 1.0), ("reward", -1.0)):
-            left = _left_range(self.curves[name], sign) if name in self.curves else None
+            left = left_range(self.curves[name], sign) if name in self.curves else None
             if left is not None:
-                least = POLICY_RISE if name == "loss" and "reward" in self.curves else 0.0
-                found += [(name, *left)] if left[1] - left[0].usual >= least else []
+                too_little = left[1] - left[0].usual < self._least_rise(name)
+                found += [] if too_little else [(name, *left)]
         return found
+
+    def _least_rise(self, name: str) -> float:
+        if name != "loss":
+            return 0.0
+        return POLICY_RISE if "reward" in self.curves else SMALL * abs(self.level(name, _FIRST))
 
     def level(self, name: str, part: _Part, least: int = 1) -> float:
         """Median of the finite values of a part; NaN of too few, which no comparison holds for."""
@@ -209,7 +216,7 @@ class _Seen:
         if name not in self.curves:
             return np.zeros(0)
         steps, values = self.curves[name].steps, self.curves[name].values
-        place = (steps - steps[0]) / max(int(steps[-1] - steps[0]), 1)
+        place = (steps - float(steps[0])) / max(float(steps[-1]) - float(steps[0]), 1.0)
         return values[(place >= part[0]) & (place <= part[1]) & np.isfinite(values)]
 
 
@@ -217,32 +224,6 @@ def _thinned(name: str, one: Series) -> Curve:
     steps, values = np.asarray(one.steps), np.asarray(one.values, dtype=np.float64)
     chosen = kept(steps, values)
     return Curve(name, steps[chosen], values[chosen])
-
-
-def _left_range(curve: Curve, sign: float) -> tuple[Spike, float] | None:
-    for steps, values in _looks(curve.steps, sign * curve.values):
-        spike = next(reversed(find_spikes(steps, values)), None)
-        if spike is None or spike.end is not None:
-            continue
-        after = values[steps >= spike.start]
-        recent = after[-LASTING:][np.isfinite(after[-LASTING:])]
-        if len(after) >= LASTING and recent.size and np.median(recent) > spike.limit:
-            return spike, float(np.median(recent))
-    return None
-
-
-def _looks(
-    steps: NDArray[np.int64], values: NDArray[np.float64]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """A series, and the medians of four points at a time if it is long.
-
-    Minima and maxima in turn have so wide a range that only a very large rise leaves it.
-    """
-    yield steps, values
-    finite = np.flatnonzero(np.isfinite(values))
-    if len(finite) > _LONG:
-        fours = finite[len(finite) % 4 :].reshape(-1, 4)
-        yield steps[fours[:, 0]], np.median(values[fours], axis=1)
 
 
 # -- checks: an empty reason is none -------------------------------------------------------------
@@ -349,7 +330,7 @@ def _reward_rose(seen: _Seen, before: _Part, after: _Part) -> bool:
 
 def _out(name: str, spike: Spike, level: float) -> str:
     sign = -1 if name == "reward" else 1
-    was, now = number(sign * spike.usual), number(sign * level)
+    was, now = number(sign * spike.usual + 0.0), number(sign * level + 0.0)  # no "-0"
     return (
         f"the {name} left its range at step {spike.start:,}, from {was} to {now}, and is not back"
     )

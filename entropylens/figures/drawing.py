@@ -57,8 +57,11 @@ class Axis:
     """What all is, so that figures over one another agree."""
 
     def placed(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Values as plotly.js takes them: time in milliseconds."""
-        return np.round(x * 1e3).astype(np.int64) if self.by == "time" else x
+        """Values as plotly.js takes them: time in milliseconds; NaN where it is not known."""
+        if self.by != "time":
+            return x
+        milliseconds = np.round(x * 1e3)
+        return milliseconds.astype(np.int64) if np.isfinite(milliseconds).all() else milliseconds
 
 
 BY_STEP: Final = Axis()
@@ -224,7 +227,11 @@ def traces(one: Drawn, axis: Axis) -> Iterator[dict[str, Any]]:
             "mode": "lines",
             "line": {**line, "width": 2},
         }
-    yield {
+    yield _wild(one, axis, name)
+
+
+def _wild(one: Drawn, axis: Axis, name: str) -> dict[str, Any]:
+    return {
         "name": f"{name}: not a number",
         "legendgroup": one.key,
         "meta": [one.key, "wild"],
@@ -282,7 +289,7 @@ def _cut(text: str, most: int = 160) -> str:
 
 
 def _is_constant(drawn: Sequence[Drawn]) -> bool:
-    values = np.concatenate([one.y[np.isfinite(one.y)] for one in drawn])
+    values = np.concatenate([np.zeros(0), *(one.y[np.isfinite(one.y)] for one in drawn)])
     return bool(values.size) and values.min() == values.max()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-__all__ = ["NOTHING", "POINTS", "Memory", "kept", "smoothed"]
+__all__ = ["NOTHING", "POINTS", "Memory", "buckets", "kept", "smoothed"]
 
 POINTS: Final = 2000
 """Points of a line at most; what lies between is kept as its minimum and maximum."""
@@ -19,8 +19,8 @@ def kept(
 
     Steps are cut into buckets of ``2^k`` steps that begin at multiples of ``2^k``; of each the
     smallest and the largest finite value and the first that is not finite are kept, and the
-    series' last point. Buckets do not depend on where the series ends: as it grows, points that
-    were kept stay kept until ``k`` rises, and then those that remain are among them.
+    series' last point. Buckets do not depend on where the series ends: as it grows, what is kept
+    of all buckets but the last stays until ``k`` rises, and then what remains is among it.
 
     Args:
         steps: ``[n]``, increasing.
@@ -40,8 +40,8 @@ def kept(
     """
     if len(steps) <= points:
         return np.arange(len(steps))
-    buckets = _buckets(steps, max((points - 1) // 3, 1))
-    starts = np.flatnonzero(np.r_[True, buckets[1:] != buckets[:-1]])
+    bucket = buckets(steps, max((points - 1) // 3, 1))
+    starts = np.flatnonzero(np.r_[True, bucket[1:] != bucket[:-1]])
     owner = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(steps)]))
     finite = np.isfinite(values)
     lowest = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
@@ -101,7 +101,20 @@ def smoothed(
     return result, Memory(float(totals[-1]), float(weights[-1]))
 
 
-def _buckets(steps: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def buckets(steps: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """In which of at most so many stretches of ``2^k`` steps does each step lie?
+
+    Args:
+        steps: ``[n]``, increasing, at least one.
+        most: At least 2 if some steps are below 0 and others not.
+
+    Returns:
+        ``[n]`` numbers of stretches, increasing.
+
+    Example:
+        >>> buckets(np.arange(6), 2).tolist()
+        [0, 0, 0, 0, 1, 1]
+    """
     shift = 0
     while (int(steps[-1]) >> shift) - (int(steps[0]) >> shift) + 1 > most:
         shift += 1

@@ -5,7 +5,7 @@ Texts stay dictionary codes; statistics say which row groups and which text colu
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from entropylens.store.selection import TEXTS, Part, Selection, Span, part_of
 
-__all__ = ["Groups", "Late", "Source", "parts_of"]
+__all__ = ["Groups", "Late", "Source", "parts_of", "whole"]
 
 _THREADS: Final = min(4, os.cpu_count() or 1)
 
@@ -29,7 +29,10 @@ class Late(Exception):
 class Groups:
     """The row groups of a Parquet file: where they lie and what they range over."""
 
-    metadata: pq.FileMetaData
+    metadata: pq.FileMetaData | None
+    """None of a file of one group: of ten thousand segments it would fill memory."""
+    facts: dict[bytes, bytes]
+    """The file's key-value metadata."""
     columns: frozenset[str]
     starts: list[int]
     """First row of each group, and the end."""
@@ -55,7 +58,9 @@ class Groups:
             found = {name: _span(group, place) for name, place in chosen.items()}
             spans.append({name: span for name, span in found.items() if span is not None})
         columns = frozenset(place.partition(".")[0] for place in places)
-        return cls(metadata, columns, starts, spans, identity)
+        facts = dict(metadata.metadata or {})
+        kept = metadata if metadata.num_row_groups > 1 else None
+        return cls(kept, facts, columns, starts, spans, identity)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -99,10 +104,11 @@ class _Reading:
     kinds: dict[str, pa.DataType]
     needed: Sequence[str]
     deadline: float | None
+    made: Callable[[Part], Any]
     done: int = 0
     damaged: dict[Path, str] = field(default_factory=dict)
 
-    def one(self, job: tuple[Source, int]) -> Part | None:
+    def one(self, job: tuple[Source, int]) -> Any:
         source, number = job
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise Late
@@ -116,7 +122,7 @@ class _Reading:
             self.damaged[source.path] = f"skipped: {source.path} cannot be read: {error}"
             return None
         self.done += 1
-        return part
+        return None if part is None else self.made(part)
 
     def _part(self, source: Source, number: int) -> Part | None:
         groups = source.groups
@@ -147,13 +153,20 @@ def _only(table: pa.Table, name: str) -> pa.ChunkedArray:
     return table[name]
 
 
+def whole(part: Part) -> Part:
+    """The part itself."""
+    return part
+
+
 def parts_of(
     sources: Sequence[Source],
     selection: Selection,
     kinds: dict[str, pa.DataType],
     needed: Sequence[str] = (),
     deadline: float | None = None,
-) -> tuple[list[Part], list[str]]:
+    *,
+    made: Callable[[Part], Any] = whole,
+) -> tuple[list[Any], list[str]]:
     """Read what is wanted of several files, in their order, two row groups at a time or more.
 
     Args:
@@ -162,16 +175,18 @@ def parts_of(
         kinds: The numeric columns to take, and their types.
         needed: Columns without whose value a row says nothing.
         deadline: Of `time.monotonic`.
+        made: What is returned of each part; of what it leaves out the memory is freed.
 
     Returns:
-        The parts, and a note on each file that is damaged, of which nothing is taken.
+        What was made of the parts, and a note on each file that is damaged, of which nothing is
+        taken.
 
     Raises:
         FileNotFoundError: A file is gone or was replaced.
         Late: The deadline has passed; it carries how many row groups were read, and of how many.
     """
     jobs = [(source, number) for source in sources for number in source.jobs(selection)]
-    reading = _Reading(selection, kinds, needed, deadline)
+    reading = _Reading(selection, kinds, needed, deadline, made)
     if len(jobs) < 2:
         found = [_timely(reading, jobs, map(reading.one, jobs))]
     else:
@@ -190,8 +205,8 @@ def parts_of(
 
 
 def _timely(
-    reading: _Reading, jobs: Sequence[tuple[Source, int]], parts: Iterator[Part | None]
-) -> list[Part | None]:
+    reading: _Reading, jobs: Sequence[tuple[Source, int]], parts: Iterator[Any]
+) -> list[Any]:
     try:
         return list(parts)
     except Late:

@@ -1,14 +1,14 @@
 """The rows of chosen series from all files of a view, and the series they make."""
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
 from entropylens.errors import EntropyLensError
 from entropylens.records import SCHEMAS
-from entropylens.store.columns import Groups, Late, Source, parts_of
+from entropylens.store.columns import Groups, Late, Source, parts_of, whole
 from entropylens.store.ranks import Floats, Integers, Key, Points, combined
 from entropylens.store.reader import Run, View
 from entropylens.store.selection import Part, Selection, part_of
@@ -25,24 +25,21 @@ def gathered(
 ) -> tuple[dict[Key, Points], list[str]]:
     """The series of a view, from where it was read to on, and notes on damaged files.
 
-    Of a step to which a rank has added since, the rows of the other ranks are read again, so that
-    every point is whole.
+    Of a step to which rows were added since, its earlier rows are read again, so that every point
+    is whole.
 
     Raises:
         FileNotFoundError: Files were sealed or merged meanwhile.
         Late: The deadline has passed.
     """
     ranks = {footer.rank for _, footer in view.segments} | {rank for rank, *_ in view.tails}
-    # Weights are for steps with several rows, which one rank alone does not write.
+    # Weights are for steps with several rows, which one rank alone seldom writes.
     columns = _NUMBERS if len(ranks) > 1 else _NUMBERS[:-1]
-    parts, notes = parts_of_view(run, view, selection, columns, deadline)
-    rows = _by_key(parts)
-    if len(ranks) > 1 and view.start and rows:
-        _complete(rows, run, view, selection, deadline)
+    rows, notes = _rows(run, view, selection, columns, deadline)
     series = _series(rows, selection)
     if series is None:
-        parts, notes = parts_of_view(run, view, selection, _NUMBERS, deadline)
-        series = _series(_by_key(parts), selection)
+        rows, notes = _rows(run, view, selection, _NUMBERS, deadline)
+        series = _series(rows, selection)
     assert series is not None
     return series, notes
 
@@ -55,18 +52,22 @@ def parts_of_view(
     deadline: float | None = None,
     *,
     before: bool = False,
-) -> tuple[list[Part], list[str]]:
-    """Rows of a view's files: those from where it was read to on, or those before."""
+    made: Callable[[Part], Any] = whole,
+) -> tuple[list[Any], list[str]]:
+    """Rows of a view's files: those from where it was read to on, or those before.
+
+    What ``made`` makes of each part is returned, so that its rows need not be held.
+    """
     kinds = {name: SCHEMAS["metrics"].field(name).type for name in columns}
     sources, notes = _sources(run, view, before)
-    parts, damaged = parts_of(sources, selection, kinds, _NEEDED, deadline)
+    parts, damaged = parts_of(sources, selection, kinds, _NEEDED, deadline, made=made)
     for rank, first, rows in view.tails:
         passed = view.passed(rank, first, rows.num_rows)
         rows = rows.slice(0, passed) if before else rows.slice(passed)
         if rows.num_rows:
             found = {name: rows[name] for name in rows.column_names}
             part = part_of(found, rows.num_rows, selection, kinds, _NEEDED)
-            parts += [] if part is None else [part]
+            parts += [] if part is None else [made(part)]
     return parts, [*notes, *damaged]
 
 
@@ -107,20 +108,29 @@ def _by_key(parts: Iterable[Part]) -> dict[int, _Rows]:
     return found
 
 
-def _complete(
-    new: dict[int, _Rows], run: Run, view: View, selection: Selection, deadline: float | None
-) -> None:
-    """Add, to steps that have new rows, the rows that were read before."""
+def _rows(
+    run: Run,
+    view: View,
+    selection: Selection,
+    columns: Sequence[str],
+    deadline: float | None,
+) -> tuple[dict[int, _Rows], list[str]]:
+    """New rows, and of their steps those that were read before."""
+    parts, notes = parts_of_view(run, view, selection, columns, deadline)
+    new = _by_key(parts)
+    if not view.start or not new:
+        return new, notes
     earliest = min(int(steps.min()) for rows in new.values() for steps in rows["step"])
     older = selection.from_step(earliest)
-    parts, _ = parts_of_view(run, view, older, _NUMBERS, deadline, before=True)
+    parts, _ = parts_of_view(run, view, older, columns, deadline, before=True)
     steps = {key: np.concatenate(rows["step"]) for key, rows in new.items()}
     for part in parts:
-        for key, columns in part.series():
+        for key, found in part.series():
             if key in new:
-                again = np.isin(columns["step"], steps[key])
-                for name, column in columns.items():
+                again = np.isin(found["step"], steps[key])
+                for name, column in found.items():
                     new[key][name].append(column[again])
+    return new, notes
 
 
 def _series(found: dict[int, _Rows], selection: Selection) -> dict[Key, Points] | None:

@@ -1,14 +1,15 @@
 """Names and places of the files of a run directory."""
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from entropylens.records import SCHEMAS
 
-__all__ = ["Layout", "publish", "sync_directory", "temporary", "write_atomically"]
+__all__ = ["Layout", "publish", "read_json", "sync_directory", "temporary", "write_atomically"]
 
 _SEGMENT: Final = re.compile(r"(\d{3,})-(\d{6,})\.parquet")
 _STATUS: Final = re.compile(r"rank-(\d{3,})\.json")
@@ -110,6 +111,22 @@ def write_atomically(path: Path, content: bytes, *, sync: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary(path).write_bytes(content)
     publish(path, sync=sync)
+
+
+def read_json(path: Path) -> Any:
+    """The document in a JSON file; half characters, which no file could take, become "?".
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        text = json.dumps(found, ensure_ascii=False)
+        whole = text.encode("utf-8", "replace").decode("utf-8")
+        return found if whole == text else json.loads(whole)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 def sync_directory(folder: Path) -> None:

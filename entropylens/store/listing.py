@@ -26,7 +26,10 @@ class SeriesFacts:
     first_step: int
     last_step: int
     last: float
-    """The value at ``last_step``, ranks combined; NaN and the infinities as they are."""
+    """The value at ``last_step``, ranks combined; NaN and the infinities as they are.
+
+    Where one rank logged several for that step before a merge, the last of them.
+    """
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,21 @@ def _listed(run: Run) -> tuple[list[SeriesFacts], list[str]]:
     found = pyramid_parts(run, view, selection, series_path(Layout(run.path)), columns)
     summaries, covered = found if found is not None else ([], {})
     rest = replace(view, start=covered)
-    rows, notes = parts_of_view(run, rest, selection, ["step", "value"])
-    tallies = [_tally(p, *(p.columns[name] for name in columns)) for p in summaries]
-    tallies += [_tally(p, p.columns["step"], p.columns["step"], p.columns["value"]) for p in rows]
+    rows, notes = parts_of_view(run, rest, selection, ["step", "value"], made=_tally_of_rows)
+    tallies = [_tally(p, *(p.columns[name] for name in columns)) for p in summaries] + rows
     if not tallies:
         return [], [*view.notes, *notes]
     tally = _merged(tallies)
-    _settle(tally, run, view, selection)
+    notes += _settle(tally, run, view, selection)
     named = [selection.key(number) for number in tally.keys.tolist()]
     numbers = (tally.counts, tally.firsts, tally.lasts, tally.values)
     listed = zip(named, *(column.tolist() for column in numbers), strict=True)
     return sorted((SeriesFacts(*row) for row in listed), key=lambda f: f.key), [*view.notes, *notes]
+
+
+def _tally_of_rows(part: Part) -> _Tally:
+    steps = part.columns["step"]
+    return _tally(part, steps, steps, part.columns["value"])
 
 
 def _tally(part: Part, first: Any, last: Any, value: Any, count: Any = None) -> _Tally:
@@ -112,16 +119,21 @@ def _merged(tallies: Sequence[_Tally]) -> _Tally:
     )
 
 
-def _settle(tally: _Tally, run: Run, view: View, selection: Selection) -> None:
-    """Combine the ranks' last values, for which their rows of the last steps are read again."""
+def _settle(tally: _Tally, run: Run, view: View, selection: Selection) -> list[str]:
+    """Combine the ranks' last values, for which their rows of the last steps are read again.
+
+    Of a segment that was damaged after it was merged no row is there: what the pyramid says stays.
+    """
     several = np.flatnonzero(tally.candidates > 1)
     if len(several) == 0:
-        return
+        return []
     keys = [selection.key(number) for number in tally.keys[several].tolist()]
     lasts = tally.lasts[several]
     names, modules, phases = (list(dict.fromkeys(texts)) for texts in zip(*keys, strict=True))
-    limits = int(lasts.min()), int(lasts.max())
-    found, _ = gathered(run, view, Selection(names, modules, phases, limits))
+    wanted = Selection(names, modules, phases).at_steps(np.unique(lasts))
+    found, notes = gathered(run, view, wanted)
     for place, key, last in zip(several.tolist(), keys, lasts.tolist(), strict=True):
-        points = found[key]
-        tally.values[place] = points.values[np.searchsorted(points.steps, last)]
+        if key in found and last in found[key].steps:
+            points = found[key]
+            tally.values[place] = points.values[np.searchsorted(points.steps, last)]
+    return notes

@@ -16,7 +16,7 @@ import numpy as np
 
 from entropylens.errors import EntropyLensError
 from entropylens.records import FORMAT_VERSION
-from entropylens.store.layout import Layout, write_atomically
+from entropylens.store.layout import Layout, read_json, write_atomically
 
 __all__ = ["add_attempt", "load_manifest", "new_manifest", "plain", "save_manifest"]
 
@@ -89,14 +89,14 @@ def load_manifest(root: Path) -> dict[str, Any]:
     """
     path = Layout(root).manifest
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         found = int(manifest["format_version"])
-        _ = manifest["run_id"], list(manifest["attempts"])
+        _ = manifest["run_id"], [dict(attempt) for attempt in manifest["attempts"]]
     except (FileNotFoundError, NotADirectoryError):
         raise EntropyLensError(
             f"open_run: expected a run directory with run.json, found none in {root}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise EntropyLensError(
             f"open_run: expected a manifest in {path}, got a damaged one ({error}); its "
             f"metrics/*.parquet can still be read with pyarrow, pandas or DuckDB"

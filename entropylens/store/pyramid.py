@@ -1,7 +1,7 @@
 """A first look at series from the pyramid that merging left, where it still shows the log."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -145,8 +145,7 @@ def pyramid_facts(run_id: str, footers: Sequence[Footer]) -> dict[str, str]:
 
 def covered_by(groups: Groups, run_id: str, view: View) -> dict[int, int] | None:
     """The first ordinal of each rank that a pyramid does not show; None if it shows other rows."""
-    raw: Mapping[bytes, bytes] = groups.metadata.metadata or {}
-    facts = {key.decode().removeprefix(_PREFIX): value for key, value in raw.items()}
+    facts = {key.decode().removeprefix(_PREFIX): value for key, value in groups.facts.items()}
     try:
         ends = {int(rank): int(end) for rank, end in json.loads(facts["end_rows"]).items()}
         shown = {int(rank): int(rows) for rank, rows in json.loads(facts["rows"]).items()}

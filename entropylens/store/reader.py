@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -29,6 +29,8 @@ _T = TypeVar("_T")
 
 _RELISTS: Final = 20
 """How often a read starts again because files were sealed or merged under it."""
+_ROOM: Final = 256
+"""Files that are remembered before those that are gone are looked for."""
 _WORST_FIRST: Final = ("failed", "crashed", "terminated", "stalled", "running", "finished")
 
 
@@ -69,7 +71,8 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self._layout = Layout(self.path)
-        self._remembered: dict[tuple[Any, Path, int, int], Any] = {}
+        self._remembered: dict[tuple[Any, Path], tuple[tuple[int, int], Any]] = {}
+        self._room = _ROOM
         self._named: set[str] = set()
         self.manifest: dict[str, Any] = load_manifest(self.path)
 
@@ -95,7 +98,8 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Settings of the monitor, and under ``user`` those of the training."""
-        return dict(self.manifest.get("config") or {})
+        found = self.manifest.get("config")
+        return dict(found) if isinstance(found, Mapping) else {}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -255,10 +259,21 @@ class Run:
     def remembered(self, path: Path, make: Callable[[Path], _T]) -> _T:
         """What ``make`` made of a file, made once for as long as the file is the same."""
         facts = os.stat(path)
-        key = (make, path, facts.st_mtime_ns, facts.st_ino)
-        if key not in self._remembered:
-            self._remembered[key] = make(path)
-        return self._remembered[key]
+        identity = facts.st_mtime_ns, facts.st_ino
+        known = self._remembered.get((make, path))
+        if known is not None and known[0] == identity:
+            return known[1]
+        made = make(path)
+        self._remembered[make, path] = identity, made
+        if len(self._remembered) > self._room:
+            self._forget_gone()
+        return made
+
+    def _forget_gone(self) -> None:
+        """Forget files that were merged or removed, now and then: a server keeps runs for days."""
+        found = self._remembered.copy()
+        self._remembered = {key: made for key, made in found.items() if key[1].exists()}
+        self._room = max(_ROOM, 2 * len(self._remembered))
 
     def warn(self, notes: Sequence[str], *, stacklevel: int = 3) -> None:
         """Name each fault once."""

@@ -100,6 +100,7 @@ class Selection:
             "phase": _Texts(phases),
         }
         self.steps = steps or (None, None)
+        self._only: Integers | None = None
 
     def key(self, number: int) -> Key:
         """The series that a number in `Part.keys` stands for."""
@@ -112,8 +113,14 @@ class Selection:
         """The same series, from a step on at least."""
         first, last = self.steps
         later = Selection([], [], [], (step if first is None else max(first, step), last))
-        later.texts = self.texts
+        later.texts, later._only = self.texts, self._only
         return later
+
+    def at_steps(self, steps: Integers) -> "Selection":
+        """The same series, at single steps only, given in order."""
+        single = Selection([], [], [], (int(steps[0]), int(steps[-1])))
+        single.texts, single._only = self.texts, steps
+        return single
 
     def may_hold(self, spans: Mapping[str, Span]) -> bool:
         """Whether a row group may hold rows that are wanted."""
@@ -122,6 +129,9 @@ class Selection:
         span, (first, last) = spans.get("step"), self.steps
         if span is None or span.low is None:
             return True
+        if self._only is not None:
+            place = int(np.searchsorted(self._only, span.low))
+            return place < len(self._only) and bool(self._only[place] <= span.high)
         return (first is None or span.high >= first) and (last is None or span.low <= last)
 
     def limits(self, steps: Integers) -> NDArray[np.bool_] | None:
@@ -132,6 +142,8 @@ class Selection:
             inside &= steps >= first
         if last is not None:
             inside &= steps <= last
+        if self._only is not None:
+            inside &= np.isin(steps, self._only)
         return None if inside.all() else inside
 
 

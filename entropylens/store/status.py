@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from entropylens.errors import EntropyLensError
-from entropylens.store.layout import Layout, write_atomically
+from entropylens.store.layout import Layout, read_json, write_atomically
 
 __all__ = ["ALIVE_SECONDS", "Claim", "RankStatus", "load_status"]
 
@@ -71,11 +71,28 @@ class RankStatus:
 def load_status(path: Path) -> RankStatus | None:
     """Read a status file; None if it is missing or damaged. Unknown fields are ignored."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(path)
         known = RankStatus.__dataclass_fields__.keys()
-        return RankStatus(**{name: value for name, value in values.items() if name in known})
+        found = RankStatus(**{name: value for name, value in values.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+    return found if _is_sound(found) else None
+
+
+def _is_sound(status: RankStatus) -> bool:
+    """Whether every field is of its kind: anybody may have written the file."""
+    counts = [status.rank, status.attempt, status.pid, status.step, status.lost_rows]
+    tables = [status.rows, status.faults]
+    if not all(isinstance(table, dict) for table in tables):
+        return False
+    counts += [count for table in tables for count in table.values()]
+    moments = [status.started, status.heartbeat, status.step_time, status.writer_cpu_seconds]
+    texts = [status.run_id, status.state, status.reason, status.host]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(c, int) and -(2**63) <= c < 2**63 for c in counts)
+        and all(isinstance(m, int | float) and abs(m) < 1e15 for m in moments)
+    )
 
 
 class Claim:

@@ -92,7 +92,12 @@ def read_tail(path: Path, table: str) -> TailRows:
         FileNotFoundError: It is gone: sealed, resumed or merged meanwhile.
         ValueError: It is no tail of ours.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} is no tail of a run: {error}") from None
     try:
         source = pa.BufferReader(content)
         stream = pa.ipc.open_stream(source)

@@ -35,9 +35,13 @@ class Cursor:
         """
         try:
             run_id, table, epoch, next_rows = json.loads(text)
-            return cls(run_id, table, epoch, tuple((int(r), int(n)) for r, n in next_rows))
-        except (ValueError, TypeError):
-            raise ValueError(f"Cursor: expected the text of a cursor, got {text!r}") from None
+            rows = tuple((int(rank), int(row)) for rank, row in next_rows)
+            if not all(isinstance(part, str) for part in (run_id, table, epoch)):
+                raise ValueError(text)
+            return cls(run_id, table, epoch, rows)
+        except (ValueError, TypeError, RecursionError, OverflowError):
+            got = text if len(text) <= 200 else f"{text[:200]}..."
+            raise ValueError(f"Cursor: expected the text of a cursor, got {got!r}") from None
 
 
 @dataclass(frozen=True)

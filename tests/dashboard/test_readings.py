@@ -168,10 +168,9 @@ def test_files_that_did_not_change_are_not_read_again(
     run = open_run(folder / "run")
     _, cursor = readings.look(run, [LOSS])
     assert readings.since(run, [LOSS], cursor).series == {}
-    real = module.read_points
     monkeypatch.setattr(module, "read_points", None)
     assert readings.since(run, [LOSS], cursor).series == {}
-    monkeypatch.setattr(module, "read_points", real)
+    monkeypatch.setattr(module, "read_points", read_points)
     fill(writer, 301, 302)
     writer.flush()
     assert readings.since(run, [LOSS], cursor).series[LOSS].steps.tolist() == [301, 302]

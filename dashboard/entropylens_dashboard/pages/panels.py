@@ -106,9 +106,7 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         pictures = list(sheet.pictures())
         if not pictures and ctx.triggered_id == "again":  # being deleted: what was read stays
             return no_update, no_update
-        given = view if isinstance(view, Mapping) else {}
-        query = {**given, "page": spec["page"], "runs": ",".join(sheet.runs)}
-        query["within"] = "~".join(map(str, sheet.view.within or ()))
+        query = {"page": spec["page"], **_known(sheet, view)}
         shown = [card(p, export_links(desk.prefix, query, p.panel.key)) for p in pictures]
         return shown or _nothing(sheet), sheet.ledger(pictures)
 
@@ -144,6 +142,24 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         patches, kept = found
         news = no_update if kept == ledger else kept
         return [patches.get(graph, no_update) for graph in graphs], news, no_update
+
+
+def _known(sheet: Sheet, view: Any) -> dict[str, str]:
+    """What is known of a view, as the address of an export carries it."""
+    given = view if isinstance(view, Mapping) else {}
+    logarithmic = {None: "panel", True: "log", False: "linear"}[sheet.view.logarithmic]
+    lists = {name: ",".join(texts(given.get(name), (), MOST_RUNS)) for name in ("names", "more")}
+    lines = "\t".join(texts(str(given.get("lines") or "").split("\t"), (), MOST_RUNS))
+    return {
+        "runs": ",".join(sheet.runs),
+        "by": sheet.view.by,
+        "smooth": str(sheet.view.smoothing),
+        "scale": logarithmic,
+        "within": "~".join(map(str, sheet.view.within or ())),
+        "baseline": sheet.baseline or "",
+        "lines": lines,
+        **lists,
+    }
 
 
 def _register_browser(app: Dash) -> None:

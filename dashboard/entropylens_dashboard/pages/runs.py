@@ -7,7 +7,7 @@ from typing import Any, Final
 import dash_ag_grid as dag
 import dash_mantine_components as dmc
 import numpy as np
-from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ClientsideFunction, Dash, Input, Output, Patch, State, dcc, html, no_update
 
 from entropylens.analysis.summary import last_step
 from entropylens.errors import EntropyLensError
@@ -15,6 +15,7 @@ from entropylens_dashboard.components import STATES
 from entropylens_dashboard.desk import Desk, age, events, headlines, verdict
 from entropylens_dashboard.library import Entry
 from entropylens_dashboard.readings import Stretch
+from entropylens_dashboard.sheet import texts
 
 __all__ = ["layout", "register"]
 
@@ -104,13 +105,11 @@ def register(app: Dash, desk: Desk) -> None:
         is_news = any(change[kind] for kind in ("add", "update", "remove"))
         return change if is_news else no_update, told if is_news else no_update, count
 
-    @app.callback(
-        Output("runs", "dashGridOptions"),
-        Input("filter", "value"),
-        State("runs", "dashGridOptions"),
-    )
-    def narrow(text: Any, options: Any) -> Any:
-        return {**options, "quickFilterText": str(text or "")}
+    @app.callback(Output("runs", "dashGridOptions"), Input("filter", "value"))
+    def narrow(text: Any) -> Any:
+        options = Patch()
+        options["quickFilterText"] = texts([text], [""], 1)[0]
+        return options
 
     app.clientside_callback(
         ClientsideFunction("entropylens", "beat"),

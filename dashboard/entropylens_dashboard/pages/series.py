@@ -13,7 +13,7 @@ from entropylens_dashboard.components import state_badge
 from entropylens_dashboard.desk import Desk
 from entropylens_dashboard.library import Entry
 from entropylens_dashboard.pages.panels import controls, frame, spread
-from entropylens_dashboard.sheet import Ask, Sheet, View
+from entropylens_dashboard.sheet import LONGEST, Ask, Sheet, View
 
 __all__ = ["layout", "register", "sheet"]
 
@@ -113,8 +113,11 @@ def register(app: Dash, desk: Desk) -> None:
                 "count": facts.count,
             }
             for facts in found
+            if sum(map(len, facts.key)) <= LONGEST
         ]
-        return shown, f"{len(shown):,} series"
+        left = len(found) - len(shown)
+        more = f"; {left} with a name of more than {LONGEST:,} characters left out" if left else ""
+        return shown, f"{len(shown):,} series{more}"
 
     app.clientside_callback(
         ClientsideFunction("entropylens", "lines"),

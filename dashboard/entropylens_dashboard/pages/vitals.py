@@ -105,6 +105,7 @@ def register(app: Dash, desk: Desk) -> None:
         State("spec", "data"),
     )
     def words(beat: Any, within: Any, view: Any, spec: Any) -> Any:
+        beat = beat if isinstance(beat, int) and abs(beat) < 2**53 else no_update
         entry = desk.asked(spec)
         if entry is None or entry.run is None:
             gone = "This run is no longer in the folder: deleted, renamed beyond recognition, or "
