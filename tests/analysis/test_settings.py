@@ -163,3 +163,9 @@ def test_another_model_is_another_group_and_another_monitor_is_not(make: Make) -
 
 
 # -- values --------------------------------------------------------------------------------------
+
+
+def test_a_label_that_looks_numbered_is_given_once(make: Make) -> None:
+    runs = [make(name=name) for name in ("a", "a", "a (2)", "a")]
+    labels = [group.label for group in seed_groups(runs)]
+    assert labels == ["a", "a (3)", "a (2)", "a (4)"]

@@ -161,6 +161,44 @@ def test_a_small_lasting_rise_is_to_be_watched_and_a_large_one_failing() -> None
         assert judged(loss=values).level == level
 
 
+def test_a_rise_beyond_the_noise_is_seen_in_a_long_run_whatever_the_noise() -> None:
+    for seed in range(20):
+        noise = 0.2 * np.random.default_rng(seed).standard_normal(20_000)
+        for bad in (1000, 10_000):
+            course = 2 + 2.0 * (np.arange(20_000) >= 20_000 - bad)
+            assert judged(loss=course + noise).level == "failing"
+
+
+def test_a_reward_of_few_levels_that_stays_as_it_is_is_healthy() -> None:
+    levels = []
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        levels.append(judged(reward=generator.binomial(1, 0.6, 500)).level)
+        levels.append(judged(reward=generator.binomial(8, 0.95, 500) / 8).level)
+    assert levels.count("healthy") >= 114
+
+
+def test_a_reward_that_became_0_is_said_to_be_0() -> None:
+    said = judged(reward=np.r_[np.full(100, 0.5), np.zeros(20)]).reason
+    assert said == "the reward left its range at step 101, from 0.5 to 0, and is not back"
+
+
+def test_a_loss_that_is_nearly_0_may_become_three_times_as_high() -> None:
+    course = np.r_[np.full(40, 4.0), np.geomspace(4, 1e-5, 200), np.full(200, 1e-5)]
+    for rise, level in ((3e-5, "healthy"), (0.03, "healthy"), (0.06, "failing")):
+        assert judged(loss=np.r_[course, np.full(20, rise)]).level == level
+
+
+def test_a_loss_that_was_no_number_at_first_is_judged_later() -> None:
+    values = np.r_[np.full(60, np.nan), noisy(400), np.full(40, 9.0)]
+    assert judged(loss=values).level == "failing"
+
+
+def test_a_loss_that_explodes_is_not_out_by_chance() -> None:
+    values = np.r_[noisy(400), 2 * np.exp(np.exp(np.arange(14) / 4))]
+    assert judged(loss=values).level == "failing"
+
+
 @pytest.mark.parametrize("count", LENGTHS)
 def test_a_reward_that_fell_for_good_is_failing(count: int) -> None:
     values = noisy(count, 0.8, 0.05)
@@ -180,6 +218,12 @@ def test_a_policy_loss_that_begins_at_0_and_rises_a_little_is_healthy() -> None:
 def test_a_stalled_run_is_failing() -> None:
     said = judged("stalled", loss=noisy(50))
     assert said == Verdict("failing", "the step has not moved for ten minutes")
+
+
+def test_what_is_worse_is_said_before_that_the_run_is_stalled() -> None:
+    assert (
+        judged("stalled", loss=np.r_[noisy(50), np.nan]).reason == "the loss is NaN since step 51"
+    )
 
 
 # -- watch ---------------------------------------------------------------------------------------
@@ -205,6 +249,19 @@ def test_learning_by_heart_is_no_collapse_and_being_sure_and_wrong_is(count: int
     entropy = falling(count, 2.0, 0.01)
     assert judged(loss=falling(count, 2.2, 0.02), entropy=entropy).level == "healthy"
     assert judged(loss=noisy(count, 2.2), entropy=entropy).level == "watch"
+
+
+def test_an_entropy_that_is_low_but_not_near_0_or_was_low_before_is_no_collapse() -> None:
+    flat = noisy(400, 0.5, 0.1)
+    assert judged(reward=flat, entropy=falling(400, 4.0, 0.2)).level == "healthy"
+    assert judged(reward=flat, entropy=falling(400, 0.3, 0.05)).level == "healthy"
+    late = np.arange(400) > 0.92 * 400
+    assert judged(reward=flat, entropy=noisy(400, 0.15) * np.where(late, 0.4, 1)).level == "healthy"
+
+
+def test_a_loss_near_0_that_falls_excuses_no_collapse() -> None:
+    entropy = falling(400, 2.0, 0.01)
+    assert judged(loss=falling(400, 0.05, 0.001), entropy=entropy).level == "watch"
 
 
 @pytest.mark.parametrize("count", LENGTHS)

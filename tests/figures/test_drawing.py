@@ -103,3 +103,24 @@ def test_a_panel_of_picked_names_and_units() -> None:
     assert panel_of(["x", "y"]).names == ("x", "y")
     assert unit_of("entropy/token/mean") == "nats"
     assert unit_of("learning_rate") == unit_of("no/such") == ""
+
+
+def test_a_time_that_is_not_known_leaves_a_gap() -> None:
+    times = np.array([1e9, np.nan, 1e9 + 5])
+    one = draw(Shown("a", "a"), np.arange(3), np.arange(3.0), times)
+    x = figure([one], unit="", axis=Axis("time"))["data"][0]["x"]
+    np.testing.assert_array_equal(x, [1e12, np.nan, 1e12 + 5000])
+
+
+def test_a_figure_without_a_series_is_empty() -> None:
+    found = figure([], unit="nats")
+    assert found["data"] == []
+    assert found["layout"]["xaxis"]["title"]["text"] == "optimiser step · 0 points"
+
+
+def test_the_axis_of_a_constant_begins_at_0() -> None:
+    ranges = [
+        figure([draw(Shown("a", "a"), STEPS, values)], unit="")["layout"]["yaxis"].get("rangemode")
+        for values in (np.full(3, 2.0), VALUES)
+    ]
+    assert ranges == ["tozero", None]

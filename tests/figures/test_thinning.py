@@ -16,6 +16,17 @@ def test_extremes_and_wild_values_are_kept_within_the_bound() -> None:
     assert {54_321, 77_777, 31_415, 99_999} <= set(chosen.tolist())
 
 
+def test_the_last_point_is_kept_whatever_its_value() -> None:
+    values = np.tile([0.0, 5.0, -5.0, 1.0], 1000)
+    assert kept(np.arange(4000), values, 100)[-1] == 3999
+
+
+def test_an_infinity_is_kept_as_nan_is() -> None:
+    values = np.zeros(4000)
+    values[1234] = np.inf
+    assert 1234 in kept(np.arange(4000), values, 100)
+
+
 def test_a_short_series_is_left_alone() -> None:
     assert kept(np.arange(3), np.array([1.0, np.inf, 2.0])).tolist() == [0, 1, 2]
 

@@ -1,4 +1,5 @@
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from store.killing import flip_in_page, kill
 
 from entropylens.errors import EntropyLensError
 from entropylens.records import SCHEMAS
-from entropylens.store import columns, segments
+from entropylens.store import columns, reader, segments
 from entropylens.store.compact import BUCKETS, compact
 from entropylens.store.layout import Layout
 from entropylens.store.points import (
@@ -30,7 +31,7 @@ from entropylens.store.points import (
 from entropylens.store.query import series, summarise
 from entropylens.store.reader import Cursor, Run, open_run
 from entropylens.store.segments import write_segment
-from entropylens.store.selection import Selection
+from entropylens.store.selection import Selection, part_of
 from entropylens.store.writer import RunWriter
 
 NAN, INF = math.nan, math.inf
@@ -287,7 +288,7 @@ def test_random_ranks_agree_with_the_query(
 def test_equal_values_stay_as_they_are_to_the_bit(tmp_path: Path) -> None:
     writers = open_ranks(tmp_path / "run", 3)
     for writer in writers:
-        log(writer, 1, 1, value=[0.1], weight=7.0)
+        log(writer, 1, 1, value=[0.1], weight=1.0)
     for writer in writers:
         writer.close()
     found = read_points(open_run(tmp_path / "run"), ["loss/mean"]).series[LOSS]
@@ -300,6 +301,69 @@ def test_a_step_that_one_rank_wrote_twice_is_combined_too(tmp_path: Path) -> Non
     writer.close()
     found = read_points(open_run(tmp_path / "run"), ["loss/mean"]).series[LOSS]
     assert (found.steps.tolist(), found.values.tolist()) == ([1], [3.0])
+
+
+def test_what_one_rank_adds_to_a_step_gives_the_whole_step_again(tmp_path: Path) -> None:
+    writer, run = open_writer(tmp_path / "run"), open_run(tmp_path / "run")
+    log(writer, 1, 3, value=np.array([1.0, 1.0, 1.0]), weight=1.0)
+    seal(writer)
+    before = read_points(run, ["loss/mean"]).cursor
+    log(writer, 3, 4, value=np.array([5.0, 7.0]), weight=3.0)
+    again = read_points(run, ["loss/mean"], since=before).series[LOSS]
+    assert (again.steps.tolist(), again.values.tolist()) == ([3, 4], [4.0, 7.0])
+    whole = read_points(run, ["loss/mean"]).series[LOSS]
+    assert whole.values.tolist() == [1.0, 1.0, 4.0, 7.0]
+    kill(writer)
+
+
+def test_steps_of_several_series_are_completed_from_the_earliest_on(tmp_path: Path) -> None:
+    writers, run = open_ranks(tmp_path / "run", 2), open_run(tmp_path / "run")
+    for name in ("a", "b"):
+        log(writers[0], 1, 10, name=name)
+    before = read_points(run, ["a", "b"]).cursor
+    log(writers[1], 9, 9, name="b", value=np.array([0.0]))
+    log(writers[1], 2, 2, name="a", value=np.array([0.0]))
+    found = read_points(run, ["a", "b"], since=before).series
+    values = {key.name: (p.steps.tolist(), p.values.tolist()) for key, p in found.items()}
+    assert values == {"a": ([2], [10.0]), "b": ([9], [45.0])}
+    for writer in writers:
+        kill(writer)
+
+
+def test_the_latest_known_time_of_the_ranks_is_the_points(tmp_path: Path) -> None:
+    writers = open_ranks(tmp_path / "run", 2)
+    log(writers[0], 1, 2, time=np.array([30.0, 40.0]))
+    log(writers[1], 1, 2, time=np.array([35.0, 36.0]))
+    for writer in writers:
+        writer.close()
+    run = open_run(tmp_path / "run")
+    assert read_points(run, ["loss/mean"]).series[LOSS].times.tolist() == [35.0, 40.0]
+    path, *_ = Layout(run.path).segments("metrics", 1)
+    rows = segments.read_segment(path, "metrics")
+    unknown = pa.array([None, 36_000_000], pa.timestamp("us", tz="UTC"))
+    rows = rows.set_column(rows.schema.get_field_index("time"), "time", unknown)
+    footer = segments.read_footer(path)
+    write_segment(
+        path, rows, run_id=run.run_id, table="metrics", rank=1, first_row=0, end_row=footer.end_row
+    )
+    assert read_points(run, ["loss/mean"]).series[LOSS].times.tolist() == [30.0, 40.0]
+
+
+def test_a_text_that_is_null_is_the_empty_one_whatever_else_the_group_holds(
+    tmp_path: Path,
+) -> None:
+    writer = open_writer(tmp_path / "run")
+    log(writer, 1, 2, module=["h.0", None])
+    log(writer, 3, 4, module=["h.0", None])
+    writer.close()
+    run = open_run(tmp_path / "run")
+    for _ in range(2):
+        assert steps_of(read_points(run, ["loss/mean"])) == [2, 4]
+        assert steps_of(read_points(run, ["loss/mean"], modules=["h.0"]), LOSS) == []
+        found = read_points(run, ["loss/mean"], modules=None)
+        assert steps_of(found, Key("loss/mean", "h.0", "train")) == [1, 3]
+        assert steps_of(found) == [2, 4]
+        compact(run.path)
 
 
 def test_what_a_slower_rank_adds_gives_the_whole_step_again(tmp_path: Path) -> None:
@@ -605,6 +669,12 @@ def earlier_steps_later(run: Run) -> None:
     writer.close()
 
 
+def the_last_step_again(run: Run) -> None:
+    writer = resume_keeping_the_pyramid(run, 35)
+    log(writer, 35, 35)
+    writer.close()
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -615,6 +685,7 @@ def earlier_steps_later(run: Run) -> None:
         of_an_older_kind,
         damaged,
         earlier_steps_later,
+        the_last_step_again,
     ],
 )
 def test_a_pyramid_that_shows_something_else_is_of_no_use(
@@ -702,3 +773,72 @@ def test_a_pyramid_lists_the_series_without_their_rows(
     listed = list_series(logged)
     flip_in_page(Layout(logged.path).segments("metrics")[0])
     assert list_series(open_run(logged.path)) == listed
+
+
+def test_a_list_holds_no_rows_and_reads_last_steps_only_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = open_ranks(tmp_path / "run", 2)
+    for rank, writer in enumerate(writers):
+        log(writer, 0, 0, name="once", value=np.array([rank]))
+        for first in range(1, 101, 10):
+            log(writer, first, first + 9, value=np.arange(first, first + 10.0) + rank)
+            seal(writer)
+        writer.close()
+    taken: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        part = part_of(*arguments)
+        taken.append(0 if part is None else len(part.columns["step"]))
+        return part
+
+    monkeypatch.setattr(columns, "part_of", counted)
+    facts = {one.key.name: one for one in list_series(open_run(tmp_path / "run"))}
+    assert {name: one.last for name, one in facts.items()} == {"once": 0.5, "loss/mean": 100.5}
+    assert sum(taken) == 202 + 4
+    assert len(taken) == 22 + 4 - 2
+
+
+def test_a_list_says_what_the_pyramid_does_of_segments_that_were_damaged_later(
+    tmp_path: Path,
+) -> None:
+    writers = open_ranks(tmp_path / "run", 2)
+    for writer in writers:
+        log(writer, 1, 3)
+        writer.close()
+    compact(tmp_path / "run")
+    for path in Layout(tmp_path / "run").segments("metrics"):
+        flip_in_page(path)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        facts = {one.key: one for one in list_series(open_run(tmp_path / "run"))}
+    assert (facts[LOSS].count, facts[LOSS].last) == (6, 30.0)
+
+
+def test_files_that_are_gone_are_forgotten(logged: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_ROOM", 8)
+    logged._room = 8
+    path, *_ = Layout(logged.path).segments("metrics")
+    for number in range(100, 130):
+        path = path.rename(path.with_name(f"000-{number:06d}.parquet"))
+        assert steps_of(read_points(logged, ["loss/mean"])) == span(1, 35)
+        os.utime(path, ns=(number, number))  # as if a rewind had replaced it
+        assert steps_of(read_points(logged, ["loss/mean"])) == span(1, 35)
+        assert len(logged._remembered) <= 2 * 6 + 1
+
+
+def test_a_bucket_with_more_rows_than_steps_is_no_sketch(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "run")
+    steps = np.repeat(np.arange(1, BUCKETS + 1), 2)
+    writer.write("metrics", {"name": "loss/mean", "value": steps * 1.0, "step": steps})
+    writer.close()
+    compact(tmp_path / "run")
+    assert read_sketches(open_run(tmp_path / "run"), ["loss/mean"]) is None
+
+
+def test_of_a_segment_of_one_group_the_metadata_is_not_remembered(logged: Run) -> None:
+    path, *_ = Layout(logged.path).segments("metrics")
+    assert columns.Groups.of(path).metadata is None
+    pq.write_table(pq.read_table(path), path, row_group_size=4)
+    metadata = columns.Groups.of(path).metadata
+    assert metadata is not None
+    assert metadata.num_row_groups == 3
