@@ -9,9 +9,10 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from entropylens.analysis.alarms import Alarm, open_alarms
 from entropylens.analysis.overview import number
 from entropylens.analysis.summary import last_step
-from entropylens.analysis.verdict import Alarm, Verdict, judge, open_alarms
+from entropylens.analysis.verdict import Verdict, judge
 from entropylens.figures.colours import of_run
 from entropylens.figures.drawing import Mark
 from entropylens.store.points import Key

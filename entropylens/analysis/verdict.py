@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from entropylens.analysis.alarms import Alarm
 from entropylens.analysis.lasting import LEAST_VALUES, left_range
 from entropylens.analysis.overview import Curve, number
 from entropylens.analysis.spikes import Spike
 from entropylens.figures.thinning import kept
 
-__all__ = ["Alarm", "Series", "Verdict", "judge", "open_alarms"]
+__all__ = ["Series", "Verdict", "judge"]
 
 FAR: Final = 0.2
 """Rise, as a share of the usual value, from which a loss that is out counts as failing."""
@@ -24,6 +24,8 @@ POLICY_RISE: Final = 1.0
 """Least rise of the loss of a run with a reward: policy losses lie near 0, within about 0.1."""
 COLLAPSED: Final = 0.1
 """Nats, and share of its early level, that a collapsed entropy is below."""
+BACK: Final = 0.1
+"""Share of its best level by which a loss or reward that slid back is worse."""
 GRADIENT_FACTOR: Final = 10.0
 LONGEST: Final = 100
 """Characters of a reason."""
@@ -57,19 +59,6 @@ class Series(Protocol):
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """A warning or an error that nothing has taken back."""
-
-    rule: str
-    """Which rule saw it, or the event's kind where it names none."""
-    severity: str
-    """warning or error."""
-    step: int
-    message: str
-    phase: str
-
-
-@dataclass(frozen=True)
 class Verdict:
     """How a run does."""
 
@@ -77,40 +66,6 @@ class Verdict:
     """healthy, watch, failing or unknown."""
     reason: str
     """One sentence of at most 100 characters."""
-
-
-def open_alarms(events: Sequence[Mapping[str, Any]]) -> list[Alarm]:
-    """Which alarms are open?
-
-    An event is an alarm's if it names a rule, or if its kind begins with ``alarm``. The newest of
-    each rule (or kind) counts, by step and then by time: a warning or an error is open, anything
-    milder has closed it. What the monitor tells of itself (kinds ``budget``, ``capture`` and
-    ``run/...``) is none.
-
-    Args:
-        events: Rows of the events table, in any order.
-
-    Returns:
-        The open alarms, the newest first.
-
-    Example:
-        >>> rise = {"kind": "law", "rule": "rise", "severity": "error", "step": 7, "message": "m"}
-        >>> [alarm.step for alarm in open_alarms([rise])]
-        [7]
-        >>> open_alarms([rise, rise | {"severity": "info", "step": 8}])
-        []
-    """
-    newest: dict[str, Mapping[str, Any]] = {}
-    for event in sorted(events, key=_when):
-        rule = _rule(event)
-        if rule:
-            newest.pop(rule, None)
-            newest[rule] = event
-    return [
-        Alarm(rule, event["severity"], _when(event)[0], *_words(event))
-        for rule, event in reversed(newest.items())
-        if event.get("severity") in ("warning", "error")
-    ]
 
 
 def judge(
@@ -124,9 +79,10 @@ def judge(
       reward or entropy is not finite; the loss left its usual range upwards (the reward downwards),
       as `find_spikes` sees it, has been out for 10 values, by more than chance, and is 20 % off;
       the run is stalled.
-    - watch: the run was terminated; the loss or reward is out, but by less than 20 %; the entropy
-      collapsed; an alarm of severity warning is open; the loss was once not finite; the median
-      gradient norm of the last tenth is above 10 times the median before.
+    - watch: the run was terminated; the loss or reward is out, but by less than 20 %; the median of
+      its last tenth is worse than that of its best by 10 % and 3 times the spread of either; the
+      entropy collapsed; an alarm of severity warning is open; the loss was once not finite; the
+      median gradient norm of the last tenth is above 10 times the median before.
     - unknown: fewer than 25 finite values.
     - healthy: otherwise.
 
@@ -143,10 +99,10 @@ def judge(
     reward that rose by more than its spread (its MAD) does too: the policy has found something.
 
     Weaknesses: these are plain thresholds, chosen by reason and tried on made-up series, not
-    calibrated alarms. A rise so slow that 25 values follow it is not seen. A lasting change of the
-    data, and for a while a learning rate that starts anew, look like a loss that left its range.
-    Learning by heart and collapse are told apart by the loss alone. In a long run the 10 values are
-    of a thinned series, about 1 % of the run's steps.
+    calibrated alarms. A slow slide is seen late. A lasting change of the data, and for a while a
+    learning rate that starts anew, look like a loss that left its range or slid back. Learning by
+    heart and collapse are told apart by the loss alone. In a long run the 10 values are of a
+    thinned series, about 1 % of the run's steps.
 
     A series of more than 2,000 values is first thinned as figures thin it, so that a series and its
     thinned form get the same verdict. Of one of more than 500 points, whose minima and maxima
@@ -157,7 +113,7 @@ def judge(
         ended_because: The reason that the status gives; may be empty.
         series: By metric name: ``loss/mean``, ``reward/mean``, ``entropy/token/mean`` and
             ``gradient/norm/before_clip``; any may be missing or empty, others are not read.
-        alarms: From `open_alarms`.
+        alarms: From `entropylens.analysis.alarms.open_alarms`.
 
     Returns:
         The verdict.
@@ -197,11 +153,11 @@ class _Seen:
         for name, sign in (("loss", 1.0), ("reward", -1.0)):
             left = left_range(self.curves[name], sign) if name in self.curves else None
             if left is not None:
-                too_little = left[1] - left[0].usual < self._least_rise(name)
+                too_little = left[1] - left[0].usual < self.least_rise(name)
                 found += [] if too_little else [(name, *left)]
         return found
 
-    def _least_rise(self, name: str) -> float:
+    def least_rise(self, name: str) -> float:
         if name != "loss":
             return 0.0
         return POLICY_RISE if "reward" in self.curves else SMALL * abs(self.level(name, _FIRST))
@@ -251,6 +207,28 @@ def _is_far_out(seen: _Seen) -> str:
 
 def _is_out(seen: _Seen) -> str:
     return _out(*seen.out[0]) if seen.out else ""
+
+
+def _slid_back(seen: _Seen) -> str:
+    """Is the last tenth worse than the best tenth, by more than chance?"""
+    name, sign = ("reward", -1.0) if "reward" in seen.curves else ("loss", 1.0)
+    parts = [(tenth / 10, (tenth + 1) / 10) for tenth in range(10)]
+    levels = np.array([seen.level(name, part, _IN_A_PART) for part in parts])
+    if np.isnan(levels).any():
+        return ""
+    best = int(np.argmin(sign * levels))
+    spread = max(_spread(seen.inside(name, parts[at])) for at in (best, -1))
+    least = max(BACK * abs(levels[best]), 3 * spread, seen.least_rise(name))
+    if not sign * (levels[-1] - levels[best]) > least:
+        return ""
+    steps = seen.curves[name].steps
+    around = round(float(steps[0]) + (best + 0.5) / 10 * (float(steps[-1]) - float(steps[0])))
+    was, now = number(float(levels[best])), number(float(levels[-1]))
+    return f"the {name} is {now} and was {was} at its best, around step {around:,}"
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    return float(np.median(np.abs(values - np.median(values))))
 
 
 def _stalled(seen: _Seen) -> str:
@@ -305,6 +283,7 @@ _FAILING: Final[_Checks] = (_ended_badly, _error, _is_not_finite, _is_far_out, _
 _WATCH: Final[_Checks] = (
     _terminated,
     _is_out,
+    _slid_back,
     _collapsed,
     _fell_suddenly,
     _warning,
@@ -357,22 +336,3 @@ def _course(seen: _Seen) -> str:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else line[: LONGEST - 1].rstrip() + "…"
-
-
-def _rule(event: Mapping[str, Any]) -> str:
-    """Which alarm an event is about; empty for none."""
-    kind, rule = str(event.get("kind") or ""), event.get("rule")
-    if kind in ("budget", "capture") or kind.startswith("run/"):
-        return ""
-    if isinstance(rule, str) and rule:
-        return rule
-    return kind if kind.startswith("alarm") else ""
-
-
-def _when(event: Mapping[str, Any]) -> tuple[int, float]:
-    time = event.get("time")
-    return int(event.get("step") or 0), time.timestamp() if isinstance(time, datetime) else 0.0
-
-
-def _words(event: Mapping[str, Any]) -> tuple[str, str]:
-    return str(event.get("message") or ""), str(event.get("phase") or "train")

@@ -1,12 +1,12 @@
 import re
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 
+from entropylens.analysis.alarms import Alarm
 from entropylens.analysis.overview import Curve
-from entropylens.analysis.verdict import Alarm, Verdict, judge, open_alarms
+from entropylens.analysis.verdict import Verdict, judge
 from entropylens.figures.thinning import kept
 
 LOSS, REWARD = "loss/mean", "reward/mean"
@@ -42,49 +42,6 @@ def judged(state: str = "running", because: str = "", *alarms: Alarm, **values: 
 
 def alarm(severity: str, step: int = 7) -> Alarm:
     return Alarm("entropy_floor", severity, step, "the entropy is low", "train")
-
-
-# -- alarms --------------------------------------------------------------------------------------
-
-
-def event(step: int, severity: str, rule: str | None = "floor", **more: Any) -> dict[str, Any]:
-    row = {"kind": "law", "rule": rule, "severity": severity, "step": step, "phase": "train"}
-    return row | {"message": f"at {step}"} | more
-
-
-def test_the_newest_event_of_each_rule_counts_and_the_newest_alarm_comes_first() -> None:
-    events = [event(5, "error"), event(9, "warning"), event(7, "error", "rise", phase="eval")]
-    for order in (events, events[::-1]):
-        assert open_alarms(order) == [
-            Alarm("floor", "warning", 9, "at 9", "train"),
-            Alarm("rise", "error", 7, "at 7", "eval"),
-        ]
-
-
-def test_a_later_info_closes_an_alarm_of_its_rule_only_and_an_earlier_one_does_not() -> None:
-    assert open_alarms([event(5, "error"), event(6, "info")]) == []
-    assert len(open_alarms([event(5, "error"), event(6, "info", "rise")])) == 1
-    assert len(open_alarms([event(5, "error"), event(4, "info")])) == 1
-    assert len(open_alarms([event(5, "info"), event(6, "info"), event(7, "warning")])) == 1
-
-
-def test_within_a_step_the_time_decides() -> None:
-    now = datetime.now(UTC)
-    events = [event(5, "info", time=now), event(5, "error", time=now - timedelta(seconds=1))]
-    assert open_alarms(events) == []
-
-
-def test_events_without_a_rule_are_alarms_if_their_kind_says_so() -> None:
-    for rule in (None, "", float("nan")):
-        (one,) = open_alarms([event(5, "warning", rule, kind="alarm/loss")])  # type: ignore[arg-type]
-        assert one.rule == "alarm/loss"
-        assert open_alarms([event(5, "error", rule, kind="note")]) == []  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kind", ["budget", "capture", "run/failed", "run/signal"])
-def test_what_the_monitor_says_of_itself_is_no_alarm(kind: str) -> None:
-    assert open_alarms([event(5, "error", None, kind=kind), event(5, "error", kind=kind)]) == []
-    assert open_alarms([]) == []
 
 
 # -- failing -------------------------------------------------------------------------------------
@@ -357,3 +314,25 @@ def test_a_coarser_thinning_seldom_changes_the_level() -> None:
             levels = {judge("running", "", {LOSS: one}).level for one in (curve, coarse)}
             changed += len(levels) > 1
     assert changed <= 2
+
+
+@pytest.mark.parametrize("n", [700, 20_000])
+def test_a_slow_slide_is_watched_as_reward_and_as_loss(n: int) -> None:
+    places = np.linspace(0, 1, n)
+    noise = np.random.default_rng(3).normal(0, 0.03, n)
+    reward = np.clip(0.2 + 0.6 * places, None, 0.7) - 0.45 * np.clip((places - 0.7) / 0.3, 0, 1)
+    loss = 4 - 2.5 * np.clip(places / 0.5, 0, 1) + 0.9 * np.clip((places - 0.6) / 0.3, 0, 1)
+    steps = np.arange(n)
+    for name, values in (("reward/mean", reward), ("loss/mean", loss)):
+        found = judge("running", "", {name: Curve(name, steps, values + noise)})
+        assert found.level in ("watch", "failing"), (name, found)
+        assert "at its best, around step" in found.reason or "left its range" in found.reason
+
+
+def test_noise_around_a_level_is_no_slide() -> None:
+    steps = np.arange(2000)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        reward = 0.5 + 0.2 * rng.normal(size=2000)
+        found = judge("running", "", {"reward/mean": Curve("reward/mean", steps, reward)})
+        assert found.level == "healthy", found

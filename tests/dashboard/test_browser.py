@@ -24,6 +24,8 @@ pytestmark = [
     ),
 ]
 
+expect.set_options(timeout=20_000)  # the machine may be busy
+
 EVIL = "<img src=x onerror=alert(1)><b>evil</b>"
 
 

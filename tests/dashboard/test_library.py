@@ -180,7 +180,7 @@ def test_a_lone_manifest_is_a_run_whose_processes_said_nothing(tmp_path: Path) -
         ("cannot open:/etc/passwd, stopped", "cannot open:…/passwd, stopped"),
         ("file:///home/me/x.py and https://a.b/c", "…/x.py and https://a.b/c"),
         ("3 and/or 1/2", "3 and/or 1/2"),
-        ("a\x1b[31m\u202eb\ud800", "a [31m b"),
+        ("a\x1b[31m\u202eb\ud800", "a [31m b?"),
     ],
 )
 def test_the_reason_of_an_end_is_shown_without_paths(
@@ -247,7 +247,7 @@ def test_a_hostile_name_is_printable_and_short(tmp_path: Path) -> None:
     write(tmp_path / "run")
     change(tmp_path / "run", name="<b>\x00\u202e\ud800" + "x" * 10**6, created=["now"])
     name = only(tmp_path).name
-    assert name.startswith("<b>   x")
+    assert name.startswith("<b>  ?x")
     assert len(name) == library.LONGEST_NAME
     assert name.isprintable()
     name.encode()
