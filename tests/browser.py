@@ -24,9 +24,9 @@ ARGUMENTS = [
 
 
 @contextmanager
-def served(folder: Path, **options: Any) -> Iterator[str]:
+def served(folder: Path, port: int = 0, **options: Any) -> Iterator[str]:
     """The address of a server over a folder of runs."""
-    server = make_server("127.0.0.1", 0, create_server(folder, **options), threaded=True)
+    server = make_server("127.0.0.1", port, create_server(folder, **options), threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import dash_mantine_components as dmc
-from dash import Dash, Input, Output, State, dcc, html
+from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 
 from entropylens.figures.panels import PANELS
 from entropylens.store.points import Key
@@ -22,7 +22,7 @@ _ASSETS: Final = Path(__file__).with_name("assets")
 _SHEETS: Final = {"vitals": vitals.sheet, "compare": compare.sheet, "series": series.sheet}
 _KEYS: Final = (
     ("r", "the list of runs"),
-    ("c", "compare the chosen runs"),
+    ("c", "compare runs"),
     ("/", "filter, or the first field"),
     ("u", "show the whole range again"),
     ("d", "dark or light"),
@@ -64,6 +64,7 @@ def create_app(folder: str | Path, *, prefix: str = "/") -> Dash:
     )
     app.layout = _shell(desk, Path(folder))
     _register_routes(app, desk)
+    _register_title(app)
     panels.register(app, desk, _SHEETS)
     for page in (runs, vitals, compare, series):
         page.register(app, desk)
@@ -116,13 +117,15 @@ def _shell(desk: Desk, folder: Path) -> Any:
     )
     tags = dcc.Store(id="tags", storage_type="local", data={})
     page = html.Main(id="page", tabIndex="-1")
-    return dmc.MantineProvider([dcc.Location(id="url"), tags, bar, page], defaultColorScheme="auto")
+    home = dcc.Store(id="home", data=desk.prefix)
+    whole = [dcc.Location(id="url"), tags, home, bar, page, html.Div(id="titled", hidden=True)]
+    return dmc.MantineProvider(whole, defaultColorScheme="auto")
 
 
 def _register_routes(app: Dash, desk: Desk) -> None:
-    @app.callback(Output("page", "children"), Input("url", "pathname"), State("url", "href"))
-    def page(path: Any, href: Any) -> Any:
-        query = dict(parse_qsl(_query_of(href)))
+    @app.callback(Output("page", "children"), Input("url", "pathname"), Input("url", "search"))
+    def page(path: Any, search: Any) -> Any:
+        query = _query_of(search)
         place = (
             (path if isinstance(path, str) else "/")
             .removeprefix(desk.prefix.rstrip("/"))
@@ -132,14 +135,22 @@ def _register_routes(app: Dash, desk: Desk) -> None:
         return _laid_out(desk, place, query)
 
 
-def _query_of(href: Any) -> str:
-    try:
-        return urlsplit(href).query if isinstance(href, str) else ""
-    except ValueError:
-        return ""
+def _register_title(app: Dash) -> None:
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "title"),
+        Output("titled", "title"),
+        Input("page", "children"),
+    )
 
 
-def _laid_out(desk: Desk, place: list[str], query: Mapping[str, str]) -> Any:
+def _query_of(search: Any) -> dict[str, Any]:
+    """What an address carries; names, which may hold commas, each for itself."""
+    pairs = parse_qsl(search.removeprefix("?")) if isinstance(search, str) else []
+    lists = {key: [v for k, v in pairs if k == key] for key in ("names", "more")}
+    return {**dict(pairs), **{key: values for key, values in lists.items() if values}}
+
+
+def _laid_out(desk: Desk, place: list[str], query: Mapping[str, Any]) -> Any:
     if place == [""]:
         return runs.layout(desk, query)
     if place == ["compare"]:

@@ -1,8 +1,7 @@
 """Pieces that several pages show: states, definitions, the frame of a figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
-from urllib.parse import urlencode
 
 import dash_mantine_components as dmc
 from dash import dcc, html
@@ -12,7 +11,7 @@ from entropylens.dictionary import definition
 from entropylens.errors import EntropyLensError
 from entropylens_dashboard.sheet import Picture
 
-__all__ = ["STATES", "card", "control", "export_links", "said", "state_badge", "verdict_line"]
+__all__ = ["STATES", "card", "control", "said", "state_badge", "verdict_line"]
 
 STATES: Final = {
     "running": ("blue", "●", "training goes on"),
@@ -36,9 +35,8 @@ LEVELS: Final = {
 }
 
 _GRAPH: Final = {
-    "displaylogo": False,
+    "displayModeBar": False,  # it would lie over the legend of a small figure
     "doubleClick": "autosize",
-    "modeBarButtons": [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
 }
 _FIELDS: Final = (
     ("formula", "formula"),
@@ -77,7 +75,7 @@ def control(name: str, label: str, component: Any) -> Any:
     return html.Div([words, component], className="control")
 
 
-def card(picture: Picture, links: Mapping[str, str]) -> Any:
+def card(picture: Picture) -> Any:
     """A figure with its title, the definitions of what it shows, and ways to take it along."""
     panel = picture.panel
     lines_first = sorted(picture.asks, key=lambda ask: ask.shown.role != "line")
@@ -93,47 +91,50 @@ def card(picture: Picture, links: Mapping[str, str]) -> Any:
         [
             html.H3(panel.title, title=panel.title),
             html.Span(picture.unit, className="soft unit"),
-            *(_definition(name) for name in names[:3]),
-            _menu(panel.key, links),
+            _definitions(names),
+            _menu(panel.key),
         ],
         className="panel-head",
     )
     return html.Section([head, graph], className="panel", **{"aria-label": panel.title})
 
 
-def export_links(prefix: str, query: Mapping[str, Any], panel: str) -> dict[str, str]:
-    """Addresses under which a figure's numbers, and the figure, are to be had."""
-    text = urlencode({**query, "panel": panel}, doseq=True)
-    return {kind: f"{prefix}export/figure.{kind}?{text}" for kind in ("csv", "html")}
+def _definitions(names: Sequence[str]) -> Any:
+    label = f"What is {', '.join(names)}?"
+    target = dmc.PopoverTarget(
+        html.Button("?", className="metric", title=label, **{"aria-label": label})
+    )
+    words = [part for name in names for part in _definition(name)]
+    dropdown = dmc.PopoverDropdown(html.Div(words, className="definition"))
+    return dmc.Popover(
+        [target, dropdown], width=380, withArrow=True, shadow="md", trapFocus=True, returnFocus=True
+    )
 
 
-def _definition(name: str) -> Any:
+def _definition(name: str) -> list[Any]:
     try:
         found = definition(name)
     except EntropyLensError:
-        body = [html.P("No diagnostic of entropylens writes this name.")]
+        said = "No diagnostic of entropylens writes this name."
+        return [html.Code(name), html.P(said)]
     else:
         terms = [
             part
             for label, attribute in _FIELDS
             for part in (html.Dt(label), html.Dd(getattr(found, attribute)))
         ]
-        body = [html.P(found.question, className="question"), html.Dl(terms)]
-    target = dmc.PopoverTarget(
-        html.Button(name, className="metric", **{"aria-label": f"What is {name}?"})
-    )
-    dropdown = dmc.PopoverDropdown(html.Div([html.Code(name), *body], className="definition"))
-    return dmc.Popover([target, dropdown], width=380, withArrow=True, shadow="md", trapFocus=False)
+    return [html.Code(name), html.P(found.question, className="question"), html.Dl(terms)]
 
 
-def _menu(key: str, links: Mapping[str, str]) -> Any:
+def _menu(key: str) -> Any:
     items = [
-        dmc.MenuItem("Picture (PNG)", id={"png": key}),
-        *(
-            dmc.MenuItem(html.A(label, href=links[kind], download=""))
-            for kind, label in (("csv", "Every value (CSV)"), ("html", "Figure (HTML)"))
-        ),
-        dmc.MenuItem("Larger or smaller", id={"larger": key}),
+        dmc.MenuItem(label, id={"take": key, "as": kind})
+        for kind, label in (
+            ("png", "Picture (PNG)"),
+            ("csv", "Every value (CSV)"),
+            ("html", "Figure (HTML)"),
+        )
     ]
+    items.append(dmc.MenuItem("Larger or smaller", id={"larger": key}))
     button = html.Button("⋯", className="menu", **{"aria-label": "Export this figure"})
     return dmc.Menu([dmc.MenuTarget(button), dmc.MenuDropdown(items)], position="bottom-end")

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping
+from html import escape
 from typing import Any, Final
 
 import plotly.graph_objects as go
@@ -11,8 +13,8 @@ from flask import Response, abort, request
 from plotly.io import to_html
 
 from entropylens_dashboard.desk import Desk
-from entropylens_dashboard.pages.panels import MakeSheet
-from entropylens_dashboard.sheet import Sheet, View
+from entropylens_dashboard.pages.panels import MOST_RUNS, MakeSheet
+from entropylens_dashboard.sheet import Picture, Sheet, View, texts
 
 __all__ = ["register"]
 
@@ -28,9 +30,10 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         sheet = _asked_for(desk, sheets)
         if sheet is None or kind not in ("csv", "html"):
             abort(404)
+        name = _file_name(sheet)
         if kind == "csv":
-            return _download(_csv(desk, sheet), "text/csv; charset=utf-8", "figure.csv")
-        return _download(_page(desk, sheet), "text/html; charset=utf-8", "figure.html")
+            return _download(_csv(desk, sheet), "text/csv; charset=utf-8", f"{name}.csv")
+        return _download(_page(desk, sheet), "text/html; charset=utf-8", f"{name}.html")
 
 
 def _asked_for(desk: Desk, sheets: Mapping[str, MakeSheet]) -> Sheet | None:
@@ -38,14 +41,18 @@ def _asked_for(desk: Desk, sheets: Mapping[str, MakeSheet]) -> Sheet | None:
     make = sheets.get(query.get("page", ""))
     if make is None:
         return None
-    spec = {"page": query["page"], "runs": query.get("runs", "").split(",")}
-    for name in ("names", "more"):
-        if name in query:
-            query[name] = [part for one in request.args.getlist(name) for part in one.split(",")]
+    spec = {"page": query["page"], "runs": texts(query.get("runs"), (), MOST_RUNS)}
+    query |= {name: request.args.getlist(name) for name in ("names", "more") if name in query}
     within = query.get("within", "").split("~")
     sheet = make(desk, spec, View.parse(query, within), query)
     sheet.panels = [panel for panel in sheet.panels if panel[0].key == query.get("panel")]
     return sheet if sheet.panels and sheet.runs else None
+
+
+def _file_name(sheet: Sheet) -> str:
+    """What is in a file, of plain letters."""
+    words = [*(run.name for run in list(sheet.runs.values())[:2]), sheet.panels[0][0].key]
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", " ".join(words)).strip("-.")[:80] or "figure"
 
 
 def _download(body: Any, kind: str, name: str) -> Response:
@@ -84,9 +91,20 @@ def _page(desk: Desk, sheet: Sheet) -> str:
     pictures = list(sheet.pictures())
     if not pictures:
         abort(404)
-    document = pictures[0].figure
-    document["layout"] |= {"height": 520, "paper_bgcolor": "white", "plot_bgcolor": "white"}
-    document["layout"].pop("meta", None)
+    document = _dressed(pictures[0], ", ".join(run.name for run in sheet.runs.values()))
     for trace in document["data"]:
         trace.pop("meta", None)
     return to_html(go.Figure(document), include_plotlyjs=True, config={"displaylogo": False})
+
+
+def _dressed(picture: Picture, runs: str) -> dict[str, Any]:
+    """A figure that stands alone: with a title, a unit and a ground of its own."""
+    document = picture.figure
+    layout = document["layout"]
+    layout |= {"height": 560, "paper_bgcolor": "white", "plot_bgcolor": "white"}
+    layout["title"] = {"text": escape(f"{picture.panel.title} · {runs}", quote=False)}
+    layout["margin"] = {"l": 70, "r": 20, "t": 90, "b": 60}
+    layout["yaxis"]["title"] = {"text": escape(picture.unit, quote=False)}
+    layout["xaxis"]["gridcolor"] = layout["yaxis"]["gridcolor"] = "#e3e6eb"
+    layout.pop("meta", None)
+    return document

@@ -20,7 +20,7 @@ from entropylens.store.layout import Layout
 from entropylens.store.reader import Run
 from entropylens.store.status import RankStatus
 
-__all__ = ["Entry", "Library"]
+__all__ = ["Entry", "Library", "without_paths"]
 
 LONGEST_NAME: Final = 200
 """Characters of a name that are shown."""
@@ -266,7 +266,7 @@ def _state(run: Run) -> tuple[str, str]:
         if state == "running" and len(run.attempts) <= 1 and not any(map(_has_rows, taking_part)):
             state = "starting"
         reasons = [s.reason for s in taking_part if s.reason and s.seen_state() == state]
-        return state, _without_paths(reasons[0]) if reasons else _NOTES.get(state, "")
+        return state, without_paths(reasons[0]) if reasons else _NOTES.get(state, "")
     except Exception:  # as above
         return "unknown", _NOTES["unknown"]
 
@@ -276,7 +276,8 @@ def _has_rows(status: RankStatus) -> bool:
     return any(count > 0 for table, count in status.rows.items() if table != "events")
 
 
-def _without_paths(reason: object) -> str:
+def without_paths(reason: object) -> str:
+    """A sentence in which of each path only the last part is left, at most so long."""
     shown = _PATH.sub(lambda match: f"…/{match[0].rstrip('/').rpartition('/')[2]}", str(reason))
     return _text(shown, LONGEST_REASON)
 

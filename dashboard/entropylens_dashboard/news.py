@@ -8,7 +8,8 @@ import numpy as np
 from dash import Patch
 from numpy.typing import NDArray
 
-from entropylens.figures.drawing import Axis, axis_title, view_of
+from entropylens.errors import EntropyLensError
+from entropylens.figures.drawing import SPARSE, Axis, axis_title, lines_of, view_of
 from entropylens.figures.thinning import Memory, smoothed
 from entropylens.store.points import Points
 from entropylens_dashboard.readings import Readings
@@ -43,15 +44,15 @@ def added(
     """
     if not _is_whole(ledger, sheet):
         return None
-    if not ledger["reaches_end"]:
-        return {}, dict(ledger)
+    if ledger["view"] != sheet.signature() or not ledger["reaches_end"]:
+        return {}, dict(ledger)  # other figures are on their way, or the end is out of view
     found = _read(sheet, readings, ledger)
     if found is None:
         return None
     fresh, cursors = found
     view = sheet.view
     if sheet.baseline is not None or view.by == "tokens" or view.within is not None:
-        return None if fresh else ({}, dict(ledger))
+        return None if fresh else ({}, {**ledger, "cursors": cursors})
     if not _can_be_added(fresh, ledger):
         return None
     sheet.starts = dict(ledger["starts"])
@@ -65,14 +66,16 @@ def added(
             patches[panel] = _extended(sheet, panel, own, fresh, kept)
     kept["last"] |= {name: int(points.steps[-1]) for name, points in fresh.items()}
     _widen(sheet, asks, fresh, kept, patches)
+    _mark(sheet, kept, patches)
     return patches, kept
 
 
 def _is_whole(ledger: Any, sheet: Sheet) -> bool:
     """Whether a ledger is one that this sheet could have written: it comes from a browser."""
     names = {ask.name for _, asks in sheet.panels for ask in asks}
-    parts = ("cursors", "starts", "lines", "last", "memory", "counts")
-    if not isinstance(ledger, Mapping) or {*parts, "reaches_end", "extent"} - set(ledger):
+    parts = ("cursors", "starts", "lines", "last", "memory", "counts", "constant")
+    more = {"reaches_end", "extent", "view", "marks"}
+    if not isinstance(ledger, Mapping) or {*parts, *more} - set(ledger):
         return False
     if not all(isinstance(ledger[part], Mapping) for part in parts):
         return False
@@ -114,7 +117,7 @@ def _read(
         own = [ask for _, asks in sheet.panels for ask in asks if ask.run_id == run_id]
         try:
             found = readings.since(run, [ask.key for ask in own], cursors[run_id])
-        except ValueError:  # of another run, or none
+        except (ValueError, EntropyLensError):  # of another run, or none; or it took too long
             return None
         if found.restarted:
             return None
@@ -129,8 +132,21 @@ def _can_be_added(fresh: Mapping[str, Points], ledger: Ledger) -> bool:
         before = ledger["last"].get(name)
         if before is None or points.steps[0] <= before or len(points.steps) > MOST_NEW:
             return False
-    lines, counts = ledger["lines"], ledger["counts"]
-    return all(counts[panel][0] <= MOST_SHOWN * len(lines[panel]) for panel in lines)
+    return all(_may_grow(panel, lines, fresh, ledger) for panel, lines in ledger["lines"].items())
+
+
+def _may_grow(
+    panel: str, lines: Sequence[str], fresh: Mapping[str, Points], ledger: Ledger
+) -> bool:
+    """Whether a figure stays right with new points: its scale, its dots, their number."""
+    shown = ledger["counts"][panel][0]
+    new = [fresh[name].values for name in lines if name in fresh]
+    constant = ledger["constant"].get(panel)
+    if constant is not None and any((values != constant).any() for values in new):
+        return False
+    grown = shown + sum(map(len, new))
+    few = SPARSE * len(lines)
+    return grown <= MOST_SHOWN * len(lines) and not shown < few <= grown
 
 
 def _extended(
@@ -183,6 +199,17 @@ def _extend(patch: Patch, trace: int, x: list[Any], y: NDArray[np.float64]) -> N
     patch["data"][trace]["x"].extend(x)
     values = [float(f"{value:.7g}") if math.isfinite(value) else None for value in y.tolist()]
     patch["data"][trace]["y"].extend(values)
+
+
+def _mark(sheet: Sheet, kept: dict[str, Any], patches: dict[str, Patch]) -> None:
+    """Have every panel show what happened meanwhile."""
+    if kept["marks"] == len(sheet.marks):
+        return
+    kept["marks"] = len(sheet.marks)
+    references = {panel.key: panel.reference for panel, _ in sheet.panels}
+    for panel in kept["lines"]:
+        shown = lines_of(sheet.marks, sheet.axis, references[panel])
+        patches.setdefault(panel, Patch())["layout"]["shapes"] = shown
 
 
 def _widen(

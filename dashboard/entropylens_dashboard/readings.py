@@ -361,8 +361,9 @@ def _followed(run: Run, key: Key, before: Stretch | None, after: Points | None) 
     # Another rank has told of steps that were here already: they are combined anew.
     again = _read(run, [key], steps=(first, None)).series[key]
     earlier = _cut(before, int(before.steps[0]), first - 1)
-    lost = len(before.steps) - len(earlier.steps)
-    return replace(earlier, total=before.total - lost, is_whole=before.is_whole).followed_by(again)
+    new = int((again.steps > before.steps[-1]).sum())
+    joined = replace(earlier, is_whole=before.is_whole).followed_by(again)
+    return replace(joined, total=before.total + new)
 
 
 def _files(run: Run) -> str:

@@ -19,6 +19,7 @@ from entropylens_dashboard.readings import Readings, Stretch
 __all__ = ["Ask", "Picture", "Sheet", "View", "texts"]
 
 TOKENS: Final = Key("tokens/seen", "", "train")
+STARTS: Final = (TOKENS, Key("loss/mean", "", "train"), Key("step/seconds", "", "train"))
 POINTS: Final = 1000
 """Points of a line; less where many runs share a figure."""
 POINTS_OF_ALL: Final = 20_000
@@ -56,10 +57,12 @@ class View:
 
 def texts(value: Any, default: Sequence[str], most: int) -> list[str]:
     """A control's list, or the text of it that an address carries; at most so many."""
+    if value is None or value == "":
+        return list(default)[:most]
     found = value.split(",") if isinstance(value, str) else value
     known = [_whole(one) for one in found if isinstance(one, str)] if _is_list(found) else []
     known = [one for one in known if one and len(one) <= LONGEST]
-    return list(dict.fromkeys(known or default))[:most]
+    return list(dict.fromkeys(known if _is_list(found) else default))[:most]
 
 
 def _whole(text: str) -> str:
@@ -142,7 +145,7 @@ class Sheet:
     ) -> None:
         self.runs, self.view, self.baseline = runs, view, baseline
         self.panels = [(panel, list(asks)) for panel, asks in panels]
-        self._hours, self._marks = hours, marks
+        self._hours, self.marks = hours, marks
         self._series: dict[str, dict[Key, Stretch]] = {}
         self.starts: dict[str, float] = {}
         """When each run began, unix seconds."""
@@ -160,7 +163,10 @@ class Sheet:
         view = self.view
         for run_id, run in self.runs.items():
             asks = [ask for _, asks in self.panels for ask in asks if ask.run_id == run_id]
-            keys = [ask.key for ask in asks]
+            if run_id == self.baseline:
+                asks = [ask for _, asks in self.panels for ask in asks]
+            # The run's start must not depend on which series are looked at.
+            keys = [*(ask.key for ask in asks), *(STARTS if self._hours else ())]
             keys += [TOKENS] if view.by == "tokens" else []
             whole = view.smoothing > 0 or (view.within is not None and view.by != "step")
             found, self.cursors[run_id] = readings.look(run, keys, is_whole=whole)
@@ -179,6 +185,17 @@ class Sheet:
                 found = {key: replace(s, total=totals[key]) for key, s in narrow.items()}
             self._series[run_id] = found
 
+    def has_lines(self) -> bool:
+        """Whether anything was asked for."""
+        return any(asks for _, asks in self.panels)
+
+    def signature(self) -> list[Any]:
+        """What the figures depend on but for rows; figures of another are not to be extended."""
+        view = self.view
+        within = None if view.within is None else list(view.within)
+        asked = [view.by, view.smoothing, view.logarithmic, within, self.baseline]
+        return [*asked, sorted({ask.run_id for _, asks in self.panels for ask in asks})]
+
     def reaches_end(self) -> bool:
         """Whether the newest values are in view."""
         within = self.view.within
@@ -192,7 +209,7 @@ class Sheet:
             return stretch.steps
         if axis.by == "time":
             return stretch.times
-        tokens = self._series[run_id].get(TOKENS)
+        tokens = self._series.get(run_id, {}).get(TOKENS) if axis.by == "tokens" else None
         seconds = aligned(
             stretch.steps,
             stretch.times,
@@ -218,6 +235,9 @@ class Sheet:
         pictures = list(pictures)
         asks = {ask.name: ask for picture in pictures for ask in picture.asks}
         return {
+            "view": self.signature(),
+            "marks": len(self.marks),
+            "constant": {p.panel.key: _constant(p.figure) for p in pictures},
             "cursors": self.cursors,
             "starts": self.starts,
             "reaches_end": self.reaches_end(),
@@ -297,7 +317,7 @@ class Sheet:
             axis=self.axis,
             logarithmic=panel.logarithmic if wanted is None else wanted,
             reference=panel.reference,
-            marks=self._marks,
+            marks=self.marks,
             revision=f"{self.view.by} {self.baseline}",
         )
 
@@ -306,6 +326,14 @@ def _margins(within: tuple[float, float]) -> tuple[float, float]:
     """A quarter of the view on either side, so that a short pan shows no void."""
     low, high = within
     return low - (high - low) / 4, high + (high - low) / 4
+
+
+def _constant(document: Mapping[str, Any]) -> float | None:
+    """The value that a figure drawn as constant has."""
+    if "rangemode" not in document["layout"]["yaxis"]:
+        return None
+    drawn = next(t["y"][np.isfinite(t["y"])] for t in document["data"] if np.isfinite(t["y"]).any())
+    return float(drawn[0])
 
 
 def _counted(document: Mapping[str, Any]) -> list[int]:

@@ -14,6 +14,7 @@ from entropylens.figures.panels import Shown
 from entropylens.figures.thinning import POINTS, kept
 
 __all__ = [
+    "SPARSE",
     "Axis",
     "Drawn",
     "Mark",
@@ -21,6 +22,7 @@ __all__ = [
     "axis_title",
     "draw",
     "figure",
+    "lines_of",
     "marks_figure",
     "traces",
     "view_of",
@@ -39,8 +41,10 @@ _SMALL: Final[dict[str, Any]] = {
     "font": {"size": 10.5},
     "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "font": {"size": 10}},
 }
-_SPARSE: Final = 60
+SPARSE: Final = 60
 """Points below which each is drawn as a dot too."""
+_LEGEND: Final = 14
+"""Lines beyond which a legend would take the figure's place."""
 _MARKS: Final = 30
 """Vertical lines of a figure at most."""
 
@@ -177,12 +181,12 @@ def figure(
         A document with ``data`` and ``layout``; arrays are numpy.
     """
     layout = _layout("" if is_small else unit, axis, logarithmic, revision)
-    layout["shapes"] = [*_shades(spans), *_lines(marks, axis, reference)]
+    layout["shapes"] = [*_shades(spans), *lines_of(marks, axis, reference)]
     layout["annotations"] = _labels(spans)
     counts = sum(len(one.x) for one in drawn), sum(one.total for one in drawn)
     layout["meta"] = counts
     layout["xaxis"]["title"]["text"] = axis_title(axis, *counts)
-    layout["showlegend"] = len(drawn) > 1 or any(len(one.wild) for one in drawn)
+    layout["showlegend"] = _needs_legend(drawn)
     if _is_constant(drawn):
         layout["yaxis"]["rangemode"] = "tozero"  # else plotly.js takes the value +- 1
     if is_small:
@@ -204,7 +208,7 @@ def traces(one: Drawn, axis: Axis) -> Iterator[dict[str, Any]]:
         return
     faint = one.smooth is not None
     line = {"color": COLOURS.get(shown.colour, shown.colour), "width": 1.6, "dash": one.dash}
-    sparse = len(one.x) < _SPARSE and not faint
+    sparse = len(one.x) < SPARSE and not faint
     common = {"name": name, "legendgroup": one.key, "hovertemplate": "%{y:.6~g}"}
     yield {
         **common,
@@ -258,7 +262,9 @@ def marks_figure(marks: Sequence[Mark], axis: Axis, revision: str = "") -> dict[
     """
     layout = _layout("", axis, False, revision)
     layout |= {**_SMALL, "margin": {"l": 54, "r": 10, "t": 4, "b": 18}, "hovermode": "closest"}
-    layout["xaxis"]["title"] = {"text": ""}
+    layout["xaxis"] |= {"title": {"text": ""}, "fixedrange": True}
+    if axis.by == "time":
+        layout["margin"]["b"] = 30
     lanes = {"error": 2, "warning": 1, "info": 0}
     layout["yaxis"] |= {
         "range": [-0.6, 2.6],
@@ -286,6 +292,13 @@ def marks_figure(marks: Sequence[Mark], axis: Axis, revision: str = "") -> dict[
 
 def _cut(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _needs_legend(drawn: Sequence[Drawn]) -> bool:
+    if len(drawn) > _LEGEND:
+        return False
+    is_plain = len(drawn) == 1 and drawn[0].shown.phase == "train" and not len(drawn[0].wild)
+    return not is_plain
 
 
 def _is_constant(drawn: Sequence[Drawn]) -> bool:
@@ -322,9 +335,16 @@ def _layout(unit: str, axis: Axis, logarithmic: bool, revision: str) -> dict[str
         x["autorange"] = True
     else:
         x["range"] = view_of(axis)
-    y = {"title": {"text": unit}, "zeroline": False, "type": "log" if logarithmic else "linear"}
+    y: dict[str, Any] = {
+        "title": {"text": unit},
+        "zeroline": False,
+        "type": "log" if logarithmic else "linear",
+    }
+    y["automargin"] = True
     if logarithmic:
-        y["dtick"] = "D2"
+        y["exponentformat"] = "power"
+    else:
+        y["exponentformat"] = "e"
     return {
         "height": 260,
         "margin": {"l": 64, "r": 16, "t": 24, "b": 40},
@@ -365,7 +385,7 @@ def axis_title(axis: Axis, shown: int, total: int) -> str:
         'optimiser step · 1,998 of 1,000,000 points'
     """
     count = f"{total:,}" if shown >= total else f"{shown:,} of {total:,}"
-    return f"{_LABELS[axis.by]} · {count} points"
+    return f"{_LABELS[axis.by]} · {count} point{'s' * (total != 1)}"
 
 
 def _shades(spans: Sequence[Span]) -> list[dict[str, Any]]:
@@ -385,9 +405,10 @@ def _labels(spans: Sequence[Span]) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(marks: Sequence[Mark], axis: Axis, reference: float | None) -> list[dict[str, Any]]:
+def lines_of(marks: Sequence[Mark], axis: Axis, reference: float | None) -> list[dict[str, Any]]:
+    """Vertical lines of the gravest and newest marks, and the value that must not be passed."""
     grave = [mark for mark in marks if mark.severity in ("error", "warning")]
-    grave = sorted(grave, key=lambda mark: mark.severity)[:_MARKS]
+    grave = sorted(grave, key=lambda mark: (mark.severity != "error", -mark.x))[:_MARKS]
     lines = [
         {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "y domain", "opacity": 0.7}
         | {"line": {"width": 1, "dash": "dot", "color": SEVERITIES[mark.severity][0]}}

@@ -209,6 +209,77 @@ def test_hidden_lines_stay_hidden_and_smoothing_leaves_the_raw_line_faint(
         assert figure.evaluate(hidden) == before
 
 
+def test_a_server_that_was_away_is_asked_again(page: Page, folder: Path, make: Any) -> None:
+    writer = make("run")
+    with served(folder) as home:
+        port = int(home.rsplit(":", 1)[1].strip("/"))
+        page.goto(home + address(folder, "run"))
+        expect(page.locator(".panel .js-plotly-plot")).to_have_count(6)
+    page.wait_for_timeout(1000)
+    fill(writer, 301, 305)
+    writer.flush()
+    with served(folder, port=port):
+        expect(page.locator("#stale")).to_contain_text("has not answered since")
+        drawn(page, "g.data[0].x.at(-1) === 305")
+        expect(page.locator("#stale")).to_be_empty()
+
+
+def test_what_a_person_set_in_a_figure_survives_that_it_is_drawn_anew(
+    page: Page, folder: Path, make: Any
+) -> None:
+    make("run")
+    with served(folder) as home:
+        page.goto(home + address(folder, "run"))
+        figure = page.locator(".panel[aria-label='Token entropy'] .js-plotly-plot")
+        expect(figure).to_be_visible()
+        page.wait_for_timeout(600)
+        figure.locator(".legendtoggle").last.click()
+        drawn(page, "g.data.some(t => t.visible === 'legendonly')", "Token entropy")
+        drag(page, "Loss", 0.2, 0.6)
+        drawn(page, "g.layout.xaxis.range[0] > 20", "Token entropy")
+        page.keyboard.press("u")
+        drawn(page, "g.layout.xaxis.range[0] < 5", "Token entropy")
+        assert "legendonly" in figure.evaluate("g => g.data.map(t => t.visible)")
+
+
+def test_a_list_keeps_what_it_knew_of_a_run_that_goes_on(
+    page: Page, folder: Path, make: Any
+) -> None:
+    writer = make("run")
+    with served(folder) as home:
+        page.goto(home)
+        expect(page.locator("svg.spark")).to_have_count(3)
+        fill(writer, 301, 310)
+        writer.flush()
+        writer.close("failed", "it burnt")
+        expect(page.locator(".ag-row").get_by_text("310").first).to_be_visible()
+        expect(page.locator(".level-failing")).to_have_count(1)
+        expect(page.locator("svg.spark")).to_have_count(3)
+
+
+def test_runs_that_are_picked_are_in_the_address_and_follow_the_clock(
+    page: Page, folder: Path, make: Any
+) -> None:
+    for seed in range(2):
+        make(f"run-{seed}", seed=seed)
+    live = make("run-2", seed=2)
+    seen = Witness(page)
+    with served(folder) as home:
+        ids = [address(folder, f"run-{n}").removeprefix("run/") for n in (0, 2)]
+        page.goto(f"{home}compare?runs={ids[0]}&by=time")
+        expect(page.locator(".panel .js-plotly-plot")).to_have_count(3)
+        page.locator("main input:not([type=hidden]):not([type=radio])").first.click()
+        page.get_by_role("option", name="run-2").click()
+        until(page, "new URL(location).searchParams.get('runs').split(',').length === 2")
+        page.reload()
+        panel = "loss/mean"
+        drawn(page, "g.data.filter(t => t.meta[1] === 'line').length === 2", panel)
+        fill(live, 301, 303)
+        live.flush()
+        drawn(page, "g.data.filter(t => t.meta[1] === 'line')[1].x.length === 303", panel)
+    assert seen.errors == []
+
+
 def test_a_hidden_page_asks_for_nothing(page: Page, folder: Path, make: Any) -> None:
     make("run")
     seen = Witness(page)
@@ -236,7 +307,7 @@ def test_names_open_their_definition_and_keys_do_their_work(
     with served(folder) as home:
         page.goto(home + address(folder, "run"))
         expect(page.locator(".panel .js-plotly-plot")).to_have_count(6)
-        button = page.get_by_role("button", name="What is entropy/token/mean?")
+        button = page.get_by_role("button", name="entropy/token/mean")
         button.focus()
         page.keyboard.press("Enter")
         definition = page.locator(".definition").first

@@ -1,9 +1,16 @@
 (function () {
+  const sent = {};
+  let thirds = 0;
   const plain = { by: 'step', smooth: 0, scale: 'panel', ratio: 'no' };
 
   function inAddress(values) {
     const query = new URLSearchParams(window.location.search);
     for (const [name, value] of Object.entries(values)) {
+      if (name === 'names' || name === 'more') {
+        query.delete(name); // a name may hold a comma: each stands for itself
+        for (const one of value || []) query.append(name, one);
+        continue;
+      }
       const text = Array.isArray(value) ? value.join(',') : value;
       if (text === null || text === undefined || text === '' || text === plain[name]) query.delete(name);
       else query.set(name, text);
@@ -26,6 +33,26 @@
     return [place(range[0]), place(range[1])];
   }
 
+  function picture(key) {
+    const graph = document.getElementById(JSON.stringify({ graph: key })).querySelector('.js-plotly-plot');
+    const panel = graph.closest('.panel');
+    const style = getComputedStyle(document.documentElement);
+    const read = name => style.getPropertyValue(name).trim();
+    const axis = { gridcolor: read('--grid'), color: read('--ink') };
+    const safe = text => String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;');
+    const unit = panel.querySelector('.unit');
+    const head = document.querySelector('main h1');
+    const layout = Object.assign({}, graph.layout, {
+      paper_bgcolor: read('--card'), plot_bgcolor: read('--card'), font: { color: read('--ink') },
+      title: { text: safe(panel.getAttribute('aria-label') + ' · ' + head.textContent), font: { size: 14 } },
+      margin: { l: 70, r: 20, t: 70, b: 50 } });
+    layout.xaxis = Object.assign({}, layout.xaxis, axis);
+    layout.yaxis = Object.assign({}, layout.yaxis, axis, { title: { text: safe(unit ? unit.textContent : '') } });
+    const name = (head.textContent + ' ' + key).replace(/[^\w.-]+/g, '-').slice(0, 80);
+    window.Plotly.downloadImage({ data: graph.data, layout: layout },
+      { format: 'png', width: 1200, height: 600, scale: 2, filename: name });
+  }
+
   function triggered() {
     const context = window.dash_clientside.callback_context;
     return context.triggered.length ? context.triggered[0] : null;
@@ -38,7 +65,7 @@
         for (const one of window.dash_clientside.callback_context.inputs_list[0])
           view[one.id.control] = one.value === undefined ? null : one.value;
         inAddress(Object.assign({}, view, {
-          within: within ? within.join('~') : null, runs: spec && spec.many ? spec.runs : null }));
+          within: within ? within.join('~') : null, runs: spec && spec.many ? (view.runs || spec.runs) : null }));
         return view;
       },
       zoomed: function (changes, within) {
@@ -50,13 +77,42 @@
       unzoom: function (clicks) {
         return clicks ? null : window.dash_clientside.no_update;
       },
-      beat: function (count) {
-        return document.hidden ? window.dash_clientside.no_update : count;
+      beat: function (count, answered) {
+        // One question at a time; what was not answered in 15 s is asked again.
+        const none = window.dash_clientside.no_update;
+        const clock = triggered() ? triggered().prop_id : '';
+        const last = sent[clock];
+        if (document.hidden) return [none, none];
+        if (last && count > last.count && answered !== last.count) {
+          const waits = Date.now() - last.at;
+          const said = waits < 8000 && !last.lost ? '' : 'The server has not answered since ' +
+            new Date(last.heard).toLocaleTimeString() + ': what is shown is from then.';
+          if (waits < 15000) return [none, said];
+          sent[clock] = { count: count, at: Date.now(), heard: last.heard, lost: true };
+          return [count, said];
+        }
+        sent[clock] = { count: count, at: Date.now(), heard: Date.now(), lost: false };
+        return [count, ''];
+      },
+      awake: function (count) {
+        return document.hidden ? window.dash_clientside.no_update : count || 0;
+      },
+      title: function () {
+        window.setTimeout(function () {
+          const head = document.querySelector('main h1');
+          document.title = head ? head.textContent + ' · entropylens' : 'entropylens';
+        }, 0);
+        return window.dash_clientside.no_update;
+      },
+      filtered: function (text) {
+        inAddress({ filter: text });
+        return window.dash_clientside.no_update;
       },
       third: function (count, asked, answered) {
         // Not before the last was answered; an answer that never comes is waited for a minute.
-        const waits = asked && asked !== answered && count - asked < 30;
-        return count % 3 || waits ? window.dash_clientside.no_update : count;
+        const waits = asked && asked !== answered && count > asked && count - asked < 30;
+        thirds = (thirds + 1) % 3;
+        return thirds || waits ? window.dash_clientside.no_update : count;
       },
       toCompare: function (clicks, rows, prefix) {
         if (clicks && rows && rows.length) {
@@ -72,24 +128,29 @@
         return all;
       },
       lines: function (rows) {
-        return (rows || []).slice(0, 24).map(row => row.id).join('\t');
+        const ids = rows && rows.ids ? rows.ids : (rows || []).map(row => row.id);
+        return ids.slice(0, 24).join('\t');
       },
-      png: function (clicks) {
+      take: function (clicks, spec, view, within, home) {
         const cause = triggered();
         if (!cause || !cause.value) return window.dash_clientside.no_update;
-        const key = JSON.parse(cause.prop_id.slice(0, cause.prop_id.lastIndexOf('.'))).png;
-        const graph = document.getElementById(JSON.stringify({ graph: key })).querySelector('.js-plotly-plot');
-        const style = getComputedStyle(document.documentElement);
-        const read = name => style.getPropertyValue(name).trim();
-        const axis = { gridcolor: read('--grid'), color: read('--ink') };
-        const layout = Object.assign({}, graph.layout, {
-          paper_bgcolor: read('--card'), plot_bgcolor: read('--card'), font: { color: read('--ink') },
-          title: { text: graph.closest('.panel').getAttribute('aria-label'), font: { size: 14 } },
-          margin: { l: 70, r: 20, t: 64, b: 50 } });
-        layout.xaxis = Object.assign({}, layout.xaxis, axis);
-        layout.yaxis = Object.assign({}, layout.yaxis, axis);
-        window.Plotly.downloadImage({ data: graph.data, layout: layout },
-          { format: 'png', width: 1200, height: 600, scale: 2, filename: key.replace(/[^\w.-]+/g, '_').slice(0, 80) });
+        const asked = JSON.parse(cause.prop_id.slice(0, cause.prop_id.lastIndexOf('.')));
+        if (asked.as === 'png') picture(asked.take);
+        else {
+          const query = new URLSearchParams();
+          for (const [name, value] of Object.entries(view || {}))
+            for (const one of name === 'names' || name === 'more' ? value || [] : [value])
+              if (one !== null && one !== undefined && name !== 'runs') query.append(name, one);
+          const runs = (view && view.runs) || spec.runs;
+          query.set('runs', Array.isArray(runs) ? runs.join(',') : runs);
+          query.set('page', spec.page);
+          query.set('panel', asked.take);
+          if (within) query.set('within', within.join('~'));
+          const link = document.createElement('a');
+          link.href = home + 'export/figure.' + asked.as + '?' + query.toString();
+          link.download = '';
+          link.click();
+        }
         return window.dash_clientside.no_update;
       },
       larger: function (clicks) {
@@ -125,7 +186,7 @@
     const actions = { d: 'theme-toggle', r: 'to-runs', c: 'to-compare', u: 'unzoom', p: 'print', '?': 'help-button' };
     if (actions[event.key]) click(actions[event.key]);
     if (event.key === '/') {
-      const field = document.querySelector('#filter, main input');
+      const field = document.querySelector('#filter, main input:not([type=radio]):not([type=checkbox]):not([type=hidden])');
       if (field) { event.preventDefault(); field.focus(); }
     }
   });

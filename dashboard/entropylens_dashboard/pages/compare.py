@@ -1,11 +1,12 @@
 """Up to 50 runs over one another: what differs in them, and what came of it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import dash_ag_grid as dag
 import dash_mantine_components as dmc
-from dash import Dash, Input, Output, State, html
+from dash import Dash, Input, Output, State, dcc, html
 
 from entropylens.analysis.compare import final_value, interval
 from entropylens.analysis.overview import number
@@ -16,7 +17,7 @@ from entropylens.store.points import Key
 from entropylens.store.reader import Run
 from entropylens_dashboard.components import control
 from entropylens_dashboard.desk import Desk
-from entropylens_dashboard.pages.panels import MOST_RUNS, controls, frame, spread
+from entropylens_dashboard.pages.panels import MOST_RUNS, SLOW_MILLISECONDS, controls, frame, spread
 from entropylens_dashboard.sheet import Ask, Sheet, View, texts
 
 __all__ = ["layout", "register", "sheet"]
@@ -27,13 +28,13 @@ _NEWEST: Final = 5
 """Runs that are chosen where nobody chose."""
 
 
-def layout(desk: Desk, query: Mapping[str, str]) -> Any:
+def layout(desk: Desk, query: Mapping[str, Any]) -> Any:
     """The page."""
     entries = [entry for entry in desk.library.entries() if entry.run is not None]
     known = {entry.id for entry in entries}
-    asked = [run_id for run_id in query.get("runs", "").split(",") if run_id in known]
+    asked = [run_id for run_id in texts(query.get("runs"), (), MOST_RUNS) if run_id in known]
     chosen = (asked or [entry.id for entry in entries[:_NEWEST]])[:MOST_RUNS]
-    names = [name for name in query.get("names", "").split(",") if name] or list(FIRST)
+    names = texts(query.get("names"), FIRST, MOST_NAMES)
     choices = [{"value": entry.id, "label": entry.name} for entry in entries]
     baseline = query.get("baseline", "")
     more = [
@@ -64,10 +65,18 @@ def layout(desk: Desk, query: Mapping[str, str]) -> Any:
         ),
     ]
     picked = dmc.MultiSelect(
-        data=choices, value=chosen, searchable=True, maxValues=MOST_RUNS, size="xs", w="100%"
+        data=choices,
+        value=chosen,
+        searchable=True,
+        maxValues=MOST_RUNS,
+        size="xs",
+        w="min(100%, 1200px)",
+        styles={"pillsList": {"maxHeight": 58, "overflowY": "auto"}},
     )
     spec = {"page": "compare", "runs": chosen, "many": True}
     return [
+        dcc.Interval(id="slow-clock", interval=SLOW_MILLISECONDS),
+        dcc.Store(id="slow-beat"),
         *frame(spec, {**query, "names": names, "baseline": baseline}),
         html.Div(
             [html.H1("Compare"), html.Div(id="compare-legend", className="row")],
@@ -101,6 +110,8 @@ def sheet(desk: Desk, spec: Mapping[str, Any], view: View, chosen: Mapping[str, 
     runs = {run_id: entry.run for run_id, entry in found.items() if entry.run is not None}
     base = chosen.get("baseline")
     base = base if isinstance(base, str) else None
+    if base is not None and base not in runs:  # divided by, though not drawn
+        runs |= {i: entry.run for i, entry in desk.find([base]).items() if entry.run is not None}
     return Sheet(runs, panels, view, hours=True, baseline=base if base in runs else None)
 
 
@@ -114,9 +125,10 @@ def register(app: Dash, desk: Desk) -> None:
         Output("settings", "rowData"),
         Output("compare-legend", "children"),
         Input("view", "data"),
+        Input("slow-beat", "data"),
         State("spec", "data"),
     )
-    def tables(view: Any, spec: Any) -> Any:
+    def tables(view: Any, beat: Any, spec: Any) -> Any:
         chosen, spec = _mapping(view), _mapping(spec)
         found = desk.find(
             texts(chosen.get("runs"), texts(spec.get("runs"), (), MOST_RUNS), MOST_RUNS)
@@ -127,10 +139,11 @@ def register(app: Dash, desk: Desk) -> None:
         names = texts(chosen.get("names"), FIRST, MOST_NAMES)
         legend = [
             html.Span(
-                [html.Span(className="dot", style={"background": desk.colour(i)[0]}), " ", e.name],
+                [html.Span(className=f"line {dash}", style={"borderColor": colour}), " ", e.name],
                 className="soft",
             )
             for i, e in found.items()
+            for colour, dash in (desk.colour(i),)
         ]
         return (*_outcome(desk, runs, names), *_settings(runs, labels), legend)
 
@@ -143,7 +156,8 @@ def register(app: Dash, desk: Desk) -> None:
         names = set(texts(known, (), 999))
         for entry in desk.find(texts(ids, (), _NEWEST)).values():
             if entry.run is not None:
-                names |= set(desk.readings.names(entry.run))
+                with suppress(EntropyLensError):
+                    names |= set(desk.readings.names(entry.run))
         return sorted(names)
 
 
@@ -178,7 +192,7 @@ def _interval(values: Sequence[float]) -> str:
     found = interval(values)
     if found.low is None or found.high is None:
         return number(found.mean)
-    return f"{number(found.mean)}  [{number(found.low)}, {number(found.high)}]"
+    return f"{found.mean:.4g}  [{found.low:.4g}, {found.high:.4g}]"
 
 
 def _settings(runs: Sequence[Run], labels: Sequence[str]) -> tuple[Any, Any]:

@@ -7,14 +7,24 @@ import dash_mantine_components as dmc
 from dash import ALL, ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
 
 from entropylens.errors import EntropyLensError
-from entropylens_dashboard.components import card, control, export_links
+from entropylens_dashboard.components import card, control
 from entropylens_dashboard.desk import Desk
 from entropylens_dashboard.news import added
-from entropylens_dashboard.sheet import Sheet, View, texts
+from entropylens_dashboard.sheet import Picture, Sheet, View, texts
 
-__all__ = ["BEAT_MILLISECONDS", "MOST_RUNS", "controls", "frame", "register", "spread"]
+__all__ = [
+    "BEAT_MILLISECONDS",
+    "MOST_RUNS",
+    "SLOW_MILLISECONDS",
+    "controls",
+    "frame",
+    "register",
+    "register_slow",
+    "spread",
+]
 
 BEAT_MILLISECONDS: Final = 2000
+SLOW_MILLISECONDS: Final = 15_000
 MOST_RUNS: Final = 50
 """Runs of a page."""
 
@@ -54,7 +64,10 @@ def frame(spec: Mapping[str, Any], query: Mapping[str, Any]) -> list[Any]:
         dcc.Store(id="view", data=dict(query)),
         dcc.Store(id="within", data=View.parse({}, within).within),
         dcc.Store(id="ledger"),
+        dcc.Store(id="rebuild", data=0),
         dcc.Store(id="again", data=0),
+        dcc.Store(id="answered"),
+        html.Div(id="stale", className="stale", role="status"),
         dcc.Store(id="beat"),
         dcc.Interval(id="clock", interval=BEAT_MILLISECONDS),
         html.Div(id="none", hidden=True),
@@ -87,79 +100,99 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
         asked = {**spec, "runs": texts(spec.get("runs"), (), MOST_RUNS)}
         return make(desk, asked, View.parse(controls, within), controls)
 
+    def pictured(sheet: Sheet) -> list[Picture]:
+        sheet.read(desk.readings)
+        return list(sheet.pictures())
+
     @app.callback(
         Output("panels", "children"),
         Output("ledger", "data"),
-        Input("view", "data"),
-        Input("within", "data"),
-        Input("again", "data"),
+        Input("rebuild", "data"),
         State("spec", "data"),
+        State("view", "data"),
+        State("within", "data"),
     )
-    def draw(view: Any, within: Any, again: Any, spec: Any) -> Any:
+    def draw(rebuild: Any, spec: Any, view: Any, within: Any) -> Any:
         sheet = made(spec, view, within)
-        if sheet is None:
-            return no_update, no_update
+        if sheet is None or (rebuild and not sheet.runs and spec["page"] != "compare"):
+            return no_update, no_update  # deleted: what was read stays
         try:
-            sheet.read(desk.readings)
+            pictures = pictured(sheet)
         except EntropyLensError as error:
             return html.Div(str(error), className="notice"), {}
-        pictures = list(sheet.pictures())
-        if not pictures and ctx.triggered_id == "again":  # being deleted: what was read stays
-            return no_update, no_update
-        query = {"page": spec["page"], **_known(sheet, view)}
-        shown = [card(p, export_links(desk.prefix, query, p.panel.key)) for p in pictures]
-        return shown or _nothing(sheet), sheet.ledger(pictures)
+        return [card(one) for one in pictures] or _nothing(sheet, spec), sheet.ledger(pictures)
 
     @app.callback(
         Output({"graph": ALL}, "figure"),
         Output("ledger", "data", allow_duplicate=True),
+        Output("rebuild", "data"),
+        Input("view", "data"),
+        Input("within", "data"),
+        Input("again", "data"),
+        State("spec", "data"),
+        State("rebuild", "data"),
+        prevent_initial_call=True,
+    )
+    def redraw(view: Any, within: Any, again: Any, spec: Any, rebuild: Any) -> Any:
+        """Other figures in the frames that are there: what a person has set in them survives."""
+        graphs = _graphs()
+        still, anew = [no_update] * len(graphs), _count(rebuild)
+        sheet = made(spec, view, within)
+        if sheet is None or (not sheet.runs and graphs and spec["page"] != "compare"):
+            return still, no_update, no_update
+        try:
+            pictures = pictured(sheet)
+        except EntropyLensError:
+            return still, no_update, anew
+        if [one.panel.key for one in pictures] != graphs:
+            return still, no_update, anew
+        return [one.figure for one in pictures], sheet.ledger(pictures), no_update
+
+    @app.callback(
+        Output({"graph": ALL}, "figure", allow_duplicate=True),
+        Output("ledger", "data", allow_duplicate=True),
         Output("again", "data"),
+        Output("answered", "data"),
         Input("beat", "data"),
         State("spec", "data"),
         State("view", "data"),
         State("within", "data"),
         State("ledger", "data"),
         State("again", "data"),
-        running=[(Output("clock", "disabled"), True, False)],
         prevent_initial_call=True,
     )
     def beat(beat: Any, spec: Any, view: Any, within: Any, ledger: Any, again: Any) -> Any:
-        graphs = [output["id"]["graph"] for output in ctx.outputs_list[0]]
+        graphs, answered = _graphs(), _count(beat, 0)
         still = [no_update] * len(graphs)
-        if ledger is None:  # the first drawing is under way: asking anew would put it off
-            return still, no_update, no_update
-        anew = still, no_update, (again if isinstance(again, int) else 0) + 1
         sheet = made(spec, view, within)
-        if not ledger or sheet is None:
-            return anew
-        if not any(asks for _, asks in sheet.panels):
-            return still, no_update, no_update
-        if not sheet.runs:  # gone: what was read stays on the screen
-            return still, no_update, no_update
+        # Without a ledger the first drawing is under way: asking anew would put it off.
+        if ledger is None or sheet is None or not sheet.runs or not sheet.has_lines():
+            return still, no_update, no_update, answered
         found = added(sheet, desk.readings, ledger)
         if found is None:
-            return anew
+            return still, no_update, _count(again), answered
         patches, kept = found
         news = no_update if kept == ledger else kept
-        return [patches.get(graph, no_update) for graph in graphs], news, no_update
+        return [patches.get(graph, no_update) for graph in graphs], news, no_update, answered
 
 
-def _known(sheet: Sheet, view: Any) -> dict[str, str]:
-    """What is known of a view, as the address of an export carries it."""
-    given = view if isinstance(view, Mapping) else {}
-    logarithmic = {None: "panel", True: "log", False: "linear"}[sheet.view.logarithmic]
-    lists = {name: ",".join(texts(given.get(name), (), MOST_RUNS)) for name in ("names", "more")}
-    lines = "\t".join(texts(str(given.get("lines") or "").split("\t"), (), MOST_RUNS))
-    return {
-        "runs": ",".join(sheet.runs),
-        "by": sheet.view.by,
-        "smooth": str(sheet.view.smoothing),
-        "scale": logarithmic,
-        "within": "~".join(map(str, sheet.view.within or ())),
-        "baseline": sheet.baseline or "",
-        "lines": lines,
-        **lists,
-    }
+def register_slow(app: Dash) -> None:
+    """A slow beat, for what takes longer; none of a hidden page either."""
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "awake"),
+        Output("slow-beat", "data"),
+        Input("slow-clock", "n_intervals"),
+    )
+
+
+def _graphs() -> list[str]:
+    """Keys of the panels that are on the page, in order."""
+    return [output["id"]["graph"] for output in ctx.outputs_list[0]]
+
+
+def _count(value: Any, more: int = 1) -> int:
+    """A browser's counter, and one more."""
+    return (value if isinstance(value, int) and abs(value) < 2**52 else 0) + more
 
 
 def _register_browser(app: Dash) -> None:
@@ -189,19 +222,39 @@ def _register_browser(app: Dash) -> None:
         Input("unzoom", "n_clicks"),
         prevent_initial_call=True,
     )
-    app.clientside_callback(local("beat"), Output("beat", "data"), Input("clock", "n_intervals"))
-    for name, pattern in (("png", {"png": ALL}), ("larger", {"larger": ALL}), ("print", "print")):
+    app.clientside_callback(
+        local("beat"),
+        Output("beat", "data"),
+        Output("stale", "children"),
+        Input("clock", "n_intervals"),
+        State("answered", "data"),
+    )
+    app.clientside_callback(
+        local("take"),
+        Output("none", "title"),
+        Input({"take": ALL, "as": ALL}, "n_clicks"),
+        State("spec", "data"),
+        State("view", "data"),
+        State("within", "data"),
+        State("home", "data"),
+        prevent_initial_call=True,
+    )
+    for name, pattern, output in (("larger", {"larger": ALL}, "lang"), ("print", "print", "dir")):
         app.clientside_callback(
             local(name),
-            Output("none", "title" if name == "png" else "lang" if name == "larger" else "dir"),
+            Output("none", output),
             Input(pattern, "n_clicks"),
             prevent_initial_call=True,
         )
 
 
-def _nothing(sheet: Sheet) -> Any:
+def _nothing(sheet: Sheet, spec: Mapping[str, Any]) -> Any:
     if not sheet.runs:
-        text = "None of these runs is in the folder any more: deleted, or moved out of it."
+        text = "No run is chosen, or none of those chosen is in the folder any more."
+    elif not sheet.has_lines():
+        text = "Choose rows of the table above: they are drawn here."
+    elif sheet.view.within is not None:
+        text = "Nothing was written in this range. The key u shows the whole."
     else:
         text = "No row of these series has been written yet. The page fills by itself."
     return html.Div(text, className="notice")

@@ -41,7 +41,7 @@ def layout(desk: Desk, query: Mapping[str, str]) -> Any:
             "suppressHeaderFilterButton": True,
         },
         dashGridOptions={
-            "rowHeight": 34,
+            "rowHeight": 42,
             "rowSelection": {"mode": "multiRow", "headerCheckbox": True},
             "animateRows": False,
             "quickFilterText": query.get("filter", ""),
@@ -63,6 +63,8 @@ def layout(desk: Desk, query: Mapping[str, str]) -> Any:
     return [
         dcc.Interval(id="runs-clock", interval=_BEAT),
         dcc.Store(id="runs-beat"),
+        dcc.Store(id="answered"),
+        html.Div(id="stale", className="stale", role="status"),
         dcc.Store(id="looked", data={}),
         html.Div(
             [
@@ -86,10 +88,10 @@ def register(app: Dash, desk: Desk) -> None:
         Output("runs", "rowTransaction"),
         Output("looked", "data"),
         Output("runs-count", "children"),
+        Output("answered", "data"),
         Input("runs-beat", "data"),
         Input("looked", "data"),
         State("tags", "data"),
-        running=[(Output("runs-clock", "disabled"), True, False)],
     )
     def refresh(beat: Any, looked: Any, tags: Any) -> Any:
         entries = {entry.id: entry for entry in desk.library.entries()}
@@ -103,18 +105,28 @@ def register(app: Dash, desk: Desk) -> None:
         unread = sum(not seen for seen, _ in told.values())
         count = f"{len(entries)} in the folder" + (f", {unread} still to be read" if unread else "")
         is_news = any(change[kind] for kind in ("add", "update", "remove"))
-        return change if is_news else no_update, told if is_news else no_update, count
+        answered = beat if isinstance(beat, int) and abs(beat) < 2**53 else no_update
+        kept = (change, told) if is_news else (no_update, no_update)
+        return *kept, count, answered
 
     @app.callback(Output("runs", "dashGridOptions"), Input("filter", "value"))
     def narrow(text: Any) -> Any:
         options = Patch()
-        options["quickFilterText"] = texts([text], [""], 1)[0]
+        options["quickFilterText"] = next(iter(texts([text], (), 1)), "")
         return options
 
     app.clientside_callback(
         ClientsideFunction("entropylens", "beat"),
         Output("runs-beat", "data"),
+        Output("stale", "children"),
         Input("runs-clock", "n_intervals"),
+        State("answered", "data"),
+    )
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "filtered"),
+        Output("runs-none", "lang"),
+        Input("filter", "value"),
+        prevent_initial_call=True,
     )
     app.clientside_callback(
         ClientsideFunction("entropylens", "tagged"),
@@ -141,9 +153,15 @@ def _columns() -> list[dict[str, Any]]:
     return [
         {"field": "name", "cellRenderer": "RunName", "pinned": "left", "width": 170},
         {"field": "state", "cellRenderer": "Marked", "width": 104},
-        {"field": "verdict", "cellRenderer": "Verdict", "flex": 1, "minWidth": 250},
+        {
+            "field": "verdict",
+            "cellRenderer": "Verdict",
+            "flex": 1,
+            "minWidth": 250,
+            "wrapText": True,
+        },
         {"field": "alarms", **number, "width": 72},
-        {"field": "steps", **number, "width": 82, "valueFormatter": grouped},
+        {"field": "steps", **number, "width": 96, "valueFormatter": grouped},
         {**number, **speed},
         {"field": "loss", "headerName": "loss or reward", **spark},
         {"field": "entropy", "headerName": "entropy", **spark},
@@ -254,8 +272,16 @@ def _cells(desk: Desk, entry: Entry) -> dict[str, Any]:
 
 
 def _spark(stretch: Stretch | None) -> list[float | None]:
-    """At most 60 values: of each part of the run the last, or None where one was no number."""
+    """At most 60 values: of each part the smallest and largest, or None where one is no number."""
     if stretch is None or not len(stretch.steps):
         return []
-    parts = np.array_split(stretch.values, min(_SPARK, len(stretch.values)))
-    return [float(f"{p[-1]:.4g}") if np.isfinite(p).all() else None for p in parts]
+    if len(stretch.values) <= _SPARK:
+        parts = [stretch.values[at : at + 1] for at in range(len(stretch.values))]
+    else:
+        parts = np.array_split(stretch.values, _SPARK // 2)
+    shown: list[float | None] = []
+    for part in parts:
+        ends = sorted({int(np.argmin(part)), int(np.argmax(part))})
+        finite = np.isfinite(part).all()
+        shown += [float(f"{part[end]:.4g}") for end in ends] if finite else [None]
+    return shown

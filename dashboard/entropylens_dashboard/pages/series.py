@@ -90,18 +90,19 @@ def register(app: Dash, desk: Desk) -> None:
 
     @app.callback(
         Output("series", "rowData"),
+        Output("series", "selectedRows"),
         Output("series-count", "children"),
         Input("spec", "data"),
-        State("url", "pathname"),
+        State({"control": "lines"}, "value"),
     )
-    def rows(spec: Any, path: Any) -> Any:
+    def rows(spec: Any, lines: Any) -> Any:
         entry = desk.asked(spec)
         if entry is None or entry.run is None:
-            return no_update, ""
+            return no_update, no_update, ""
         try:
             found = desk.readings.series(entry.run)
         except EntropyLensError as error:
-            return no_update, str(error)
+            return no_update, no_update, str(error)
         shown = [
             {
                 "id": _BETWEEN.join(facts.key),
@@ -117,7 +118,8 @@ def register(app: Dash, desk: Desk) -> None:
         ]
         left = len(found) - len(shown)
         more = f"; {left} with a name of more than {LONGEST:,} characters left out" if left else ""
-        return shown, f"{len(shown):,} series{more}"
+        ids = [_BETWEEN.join(line) for line in _lines({"lines": lines})]
+        return shown, {"ids": ids}, f"{len(shown):,} series{more}"
 
     app.clientside_callback(
         ClientsideFunction("entropylens", "lines"),

@@ -12,8 +12,14 @@ from entropylens.figures.panels import PANELS, panel_of
 from entropylens_dashboard.components import control, said, state_badge, verdict_line
 from entropylens_dashboard.desk import Desk, events, facts, headlines, marks, verdict
 from entropylens_dashboard.findings import findings
-from entropylens_dashboard.library import Entry
-from entropylens_dashboard.pages.panels import controls, frame, spread
+from entropylens_dashboard.library import Entry, without_paths
+from entropylens_dashboard.pages.panels import (
+    SLOW_MILLISECONDS,
+    controls,
+    frame,
+    register_slow,
+    spread,
+)
 from entropylens_dashboard.readings import Stretch
 from entropylens_dashboard.sheet import Ask, Sheet, View, texts
 
@@ -53,7 +59,8 @@ def layout(desk: Desk, entry: Entry, query: Mapping[str, str]) -> Any:
     title += [html.H1(entry.name), html.Span(id="head", className="row"), tabs]
     return [
         *frame(spec, query),
-        dcc.Interval(id="slow-clock", interval=30_000),
+        dcc.Interval(id="slow-clock", interval=SLOW_MILLISECONDS),
+        dcc.Store(id="slow-beat"),
         dcc.Store(id="third-beat"),
         dcc.Store(id="words-beat"),
         html.Div(title, className="row head"),
@@ -92,6 +99,7 @@ def sheet(desk: Desk, spec: Mapping[str, Any], view: View, chosen: Mapping[str, 
 
 def register(app: Dash, desk: Desk) -> None:
     """Have the words and the lane of events follow the run."""
+    register_slow(app)
 
     @app.callback(
         Output("head", "children"),
@@ -140,15 +148,13 @@ def register(app: Dash, desk: Desk) -> None:
         prevent_initial_call=True,
     )
 
-    @app.callback(
-        Output("findings", "children"), Input("slow-clock", "n_intervals"), State("spec", "data")
-    )
+    @app.callback(Output("findings", "children"), Input("slow-beat", "data"), State("spec", "data"))
     def happened(count: Any, spec: Any) -> Any:
         entry = desk.asked(spec)
         if entry is None or entry.run is None:
             return no_update
         try:
-            return said(findings(desk.readings, entry.run))
+            return said([without_paths(s) for s in findings(desk.readings, entry.run)])
         except EntropyLensError as error:
             return str(error)
 
