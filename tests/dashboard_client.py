@@ -147,7 +147,8 @@ class Visit:
 
     def open(self, path: str) -> Answer:
         """Go to an address."""
-        self.values = {"url.pathname": path.partition("?")[0], "url.href": f"http://x{path}"}
+        place, _, query = path.partition("?")
+        self.values = {"url.pathname": place, "url.search": f"?{query}" if query else ""}
         answer = self.ask("page.children")
         for props in parts(answer.outputs()):
             if "id" in props:
@@ -170,7 +171,7 @@ class Visit:
     def beat(self) -> Answer:
         """What every two seconds brings; new figures are asked for where the server says so."""
         self.values["beat.data"] = (self.values.get("beat.data") or 0) + 1
-        answer = self.ask('{"graph":["ALL"]}.figure ledger.data again.data')
+        answer = self.ask('{"graph":["ALL"]}.figure ledger.data again.data answered.data')
         found = answer.outputs()
         if "ledger" in found:
             self.values["ledger.data"] = found["ledger"]["data"]

@@ -340,7 +340,11 @@ class Client(threading.Thread):
         return page.ask(name)
 
     def _words(self, page: Visit) -> None:
-        self._ask(page, "words", "head.children verdict.children events.children lane.figure")
+        self._ask(
+            page,
+            "words",
+            "head.children verdict.children events.children lane.figure words-beat.data",
+        )
 
     def _drawn(self, page: Visit, what: str = "draw") -> None:
         self.what[0] = what

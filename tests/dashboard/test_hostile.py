@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -201,7 +202,10 @@ def test_a_callback_takes_nothing_on_trust(desk: Desk, make: Any, page: str) -> 
     ids = desk.ids()
     visit = desk.visit(PAGES[page].format(ids["run"], ids["other"]))
     if page == "runs":
-        visit.ask("runs.rowTransaction looked.data runs-count.children", tags__data={"a": "b"})
+        visit.ask(
+            "runs.rowTransaction looked.data runs-count.children answered.data",
+            tags__data={"a": "b"},
+        )
     else:
         assert visit.draw(within__data=[5, 60]).status == 200
         assert visit.graphs
@@ -442,7 +446,8 @@ def test_no_name_is_a_formula_in_a_spreadsheet(folder: Path, page: str) -> None:
         query["lines"] = f"{name}\n{name}\ntrain"
         answer = desk.send(f"/export/figure.csv?{urlencode(query)}", None)
         assert answer.status == 200, start
-        assert answer.headers["Content-Disposition"] == 'attachment; filename="figure.csv"'
+        told = answer.headers["Content-Disposition"]
+        assert re.fullmatch(r'attachment; filename="[A-Za-z0-9][A-Za-z0-9.-]*\.csv"', told)
         rows = list(csv.reader(io.StringIO(answer.text, newline="")))
         assert [row[-1] for row in rows[1:]] == ["-1.0", "2.0"]
         found += [cell for row in rows[1:] for cell in row[:3] if cell[:1] in (*FORMULAS, " ")]
@@ -589,7 +594,7 @@ def test_names_and_events_are_data(folder: Path, evil: RunWriter, what: str) -> 
     evil.close("failed", text)
     desk = Desk(folder)
     answers = all_well(desk, "evil")
-    outputs = answers["series series.rowData series-count.children"].outputs()
+    outputs = answers["series series.rowData series.selectedRows series-count.children"].outputs()
     count = outputs["series-count"]["children"]
     # Names of a megabyte would make a table of megabytes: they are counted instead.
     assert len(outputs["series"]["rowData"]) == (12 if len(text) > 1000 else 14)

@@ -78,16 +78,16 @@
         return clicks ? null : window.dash_clientside.no_update;
       },
       beat: function (count, answered) {
-        // One question at a time; what was not answered in 15 s is asked again.
+        // One question at a time; what was not answered in 8 s is asked again.
         const none = window.dash_clientside.no_update;
         const clock = triggered() ? triggered().prop_id : '';
         const last = sent[clock];
         if (document.hidden) return [none, none];
         if (last && count > last.count && answered !== last.count) {
           const waits = Date.now() - last.at;
-          const said = waits < 8000 && !last.lost ? '' : 'The server has not answered since ' +
+          const said = waits < 5000 && !last.lost ? '' : 'The server has not answered since ' +
             new Date(last.heard).toLocaleTimeString() + ': what is shown is from then.';
-          if (waits < 15000) return [none, said];
+          if (waits < 8000) return [none, said];
           sent[clock] = { count: count, at: Date.now(), heard: last.heard, lost: true };
           return [count, said];
         }
