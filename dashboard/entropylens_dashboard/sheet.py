@@ -20,8 +20,8 @@ __all__ = ["Ask", "Picture", "Sheet", "View", "texts"]
 
 TOKENS: Final = Key("tokens/seen", "", "train")
 STARTS: Final = (TOKENS, Key("loss/mean", "", "train"), Key("step/seconds", "", "train"))
-POINTS: Final = 1000
-"""Points of a line; less where many runs share a figure."""
+POINTS: Final = 600
+"""Points of a line, in a figure some 300 pixels wide; less where many runs share one."""
 POINTS_OF_ALL: Final = 20_000
 """Points of a figure."""
 LONGEST: Final = 1000

@@ -1,8 +1,10 @@
 """Resuming from an earlier step: what was logged beyond it makes way."""
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from entropylens.records import SCHEMAS
 from entropylens.store.layout import Layout
@@ -31,10 +33,10 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
         for path in layout.segments(table, rank):
             try:
                 footer = read_footer(path)
+                if not footer.is_of(run_id, table) or _ends_by(path, step):
+                    continue
                 rows = read_segment(path, table)
             except ValueError:
-                continue
-            if not footer.is_of(run_id, table):
                 continue
             late = pc.fill_null(pc.greater(rows["step"], step), False)
             gone = rows.filter(late)
@@ -53,3 +55,15 @@ def rewind(layout: Layout, run_id: str, rank: int, step: int) -> None:
             copy = layout.superseded(table) / f"{path.stem}.after-{step}.parquet"
             write_segment(copy, gone, **facts, sync=True)
             write_segment(path, rows.filter(pc.invert(late)), **facts, sync=True)
+
+
+def _ends_by(path: Path, step: int) -> bool:
+    """Whether the statistics of a segment say that it holds no later step."""
+    metadata = pq.read_metadata(path)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = {group.column(at).path_in_schema: at for at in range(group.num_columns)}
+        found = group.column(columns["step"]).statistics if "step" in columns else None
+        if found is None or not found.has_min_max or found.max > step:
+            return False
+    return True

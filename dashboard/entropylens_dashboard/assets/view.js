@@ -74,6 +74,15 @@
         const still = JSON.stringify(range) === JSON.stringify(within);
         return range === undefined || still ? window.dash_clientside.no_update : range;
       },
+      lane: function (within, view) {
+        const graph = document.querySelector('#lane .js-plotly-plot');
+        if (graph && window.Plotly) {
+          const isTime = view && view.by === 'time';
+          const range = within && within.map(x => isTime ? new Date(x * 1000).toISOString().slice(0, 23) : x);
+          window.Plotly.relayout(graph, range ? { 'xaxis.range': range } : { 'xaxis.autorange': true });
+        }
+        return window.dash_clientside.no_update;
+      },
       unzoom: function (clicks) {
         return clicks ? null : window.dash_clientside.no_update;
       },

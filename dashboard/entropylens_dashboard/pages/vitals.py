@@ -108,11 +108,11 @@ def register(app: Dash, desk: Desk) -> None:
         Output("lane", "figure"),
         Output("words-beat", "data"),
         Input("third-beat", "data"),
-        Input("within", "data"),
         Input("view", "data"),
+        State("within", "data"),
         State("spec", "data"),
     )
-    def words(beat: Any, within: Any, view: Any, spec: Any) -> Any:
+    def words(beat: Any, view: Any, within: Any, spec: Any) -> Any:
         beat = beat if isinstance(beat, int) and abs(beat) < 2**53 else no_update
         entry = desk.asked(spec)
         if entry is None or entry.run is None:
@@ -139,6 +139,13 @@ def register(app: Dash, desk: Desk) -> None:
             beat,
         )
 
+    app.clientside_callback(
+        ClientsideFunction("entropylens", "lane"),
+        Output("none", "accessKey"),
+        Input("within", "data"),
+        State("view", "data"),
+        prevent_initial_call=True,
+    )
     app.clientside_callback(
         ClientsideFunction("entropylens", "third"),
         Output("third-beat", "data"),
