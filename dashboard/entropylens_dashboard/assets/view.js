@@ -19,6 +19,11 @@
     window.history.replaceState(window.history.state, '', window.location.pathname + (text ? '?' + text : ''));
   }
 
+  function said(name, value) {
+    const text = Array.isArray(value) ? value.join('\t') : String(value === null || value === undefined ? '' : value);
+    return text === String(plain[name]) ? '' : text;
+  }
+
   function place(value) {
     if (typeof value === 'number') return value;
     const moment = Date.parse(String(value).replace(' ', 'T') + 'Z');
@@ -60,13 +65,14 @@
 
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
     entropylens: {
-      collect: function (values, within, spec) {
+      collect: function (values, within, spec, known) {
         const view = {};
         for (const one of window.dash_clientside.callback_context.inputs_list[0])
           view[one.id.control] = one.value === undefined ? null : one.value;
         inAddress(Object.assign({}, view, {
           within: within ? within.join('~') : null, runs: spec && spec.many ? (view.runs || spec.runs) : null }));
-        return view;
+        const same = Object.keys(view).every(name => said(name, view[name]) === said(name, (known || {})[name]));
+        return same ? window.dash_clientside.no_update : view;
       },
       zoomed: function (changes, within) {
         const cause = triggered();

@@ -207,6 +207,7 @@ def _register_browser(app: Dash) -> None:
         Input({"control": ALL}, "value"),
         Input("within", "data"),
         State("spec", "data"),
+        State("view", "data"),
         prevent_initial_call=True,
     )
     app.clientside_callback(
