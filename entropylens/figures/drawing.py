@@ -340,11 +340,7 @@ def _layout(unit: str, axis: Axis, logarithmic: bool, revision: str) -> dict[str
         "zeroline": False,
         "type": "log" if logarithmic else "linear",
     }
-    y["automargin"] = True
-    if logarithmic:
-        y["exponentformat"] = "power"
-    else:
-        y["exponentformat"] = "e"
+    y |= {"automargin": True, "exponentformat": "power"}
     return {
         "height": 260,
         "margin": {"l": 64, "r": 16, "t": 24, "b": 40},
