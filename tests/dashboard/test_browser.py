@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from playwright.sync_api import Browser, Page, expect
 from runs_to_show import fill, write
 
 from entropylens.store.writer import RunWriter
-from entropylens_dashboard.pages import panels
+from entropylens_dashboard import app
+from entropylens_dashboard.library import Library
+from entropylens_dashboard.pages import panels, runs
 
 pytestmark = [
     pytest.mark.xdist_group("browser"),
@@ -38,6 +41,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panels, "BEAT_MILLISECONDS", 400)
+    monkeypatch.setattr(runs, "BEAT_MILLISECONDS", 500)
+    monkeypatch.setattr(app, "Library", partial(Library, ttl=0.3))
 
 
 @pytest.fixture
@@ -372,7 +377,7 @@ def test_runs_that_cannot_be_read_say_why(page: Page, folder: Path, make: Any) -
         page.goto(home + address(folder, "gone"))
         expect(page.locator(".panel .js-plotly-plot")).to_have_count(6)
         os.rename(folder / "gone", folder / "renamed")
-        page.wait_for_timeout(3000)
+        page.wait_for_timeout(1500)
         expect(page.locator("#verdict")).to_contain_text("healthy")
         shutil.rmtree(folder / "renamed")
         expect(page.locator("#verdict .notice")).to_contain_text("no longer in the folder")

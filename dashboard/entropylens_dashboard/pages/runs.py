@@ -19,7 +19,7 @@ from entropylens_dashboard.sheet import texts
 
 __all__ = ["layout", "register"]
 
-_BEAT: Final = 3000
+BEAT_MILLISECONDS: Final = 3000
 _LOOK_SECONDS: Final = 0.6
 """How long one request goes on reading series of runs that were not looked at yet."""
 _SPARK: Final = 60
@@ -61,7 +61,7 @@ def layout(desk: Desk, query: Mapping[str, str]) -> Any:
         w=260,
     )
     return [
-        dcc.Interval(id="runs-clock", interval=_BEAT),
+        dcc.Interval(id="runs-clock", interval=BEAT_MILLISECONDS),
         dcc.Store(id="runs-beat"),
         dcc.Store(id="answered"),
         html.Div(id="stale", className="stale", role="status"),
