@@ -82,6 +82,16 @@ def test_a_beat_adds_just_what_came(folder: Path, make: Any, smoothing: float) -
     again, same = news(sheet(folder, view, names), readings, kept)
     assert again == {}
     assert same == kept
+    fill(writer, 307, 309)
+    writer.flush()
+    patches, _ = news(sheet(folder, view, names), readings, kept)
+    figure = patched(figure, patches["loss/mean"])
+    assert figure["data"][0]["x"] == list(range(1, 310))
+    assert figure["layout"]["xaxis"]["range"][1] > 309
+    if smoothing:
+        rows = open_run(folder / "run").metrics("loss/mean").to_pandas().sort_values("step")
+        expected, _ = smoothed(rows["value"].to_numpy(), smoothing)
+        assert figure["data"][1]["y"][-3:] == pytest.approx(expected[-3:], rel=1e-5)
 
 
 def test_a_beat_asks_for_new_figures_where_adding_will_not_do(folder: Path, make: Any) -> None:
@@ -184,3 +194,40 @@ def test_a_view_takes_nothing_from_a_browser_on_trust(
     controls: Any, within: Any, expected: View
 ) -> None:
     assert View.parse(controls, within) == expected
+
+
+def test_a_resume_has_figures_drawn_anew(folder: Path, make: Any) -> None:
+    from entropylens.store.writer import RunWriter
+
+    make("run").close()
+    readings = Readings()
+    first = sheet(folder)
+    ledger = first.ledger(drawn(first, readings))
+    again = RunWriter(folder / "run", resume_step=100)
+    fill(again, 101, 103, seed=5)
+    again.close()
+    assert added(sheet(folder), readings, ledger) is None
+
+
+def test_points_of_another_view_are_not_added(folder: Path, make: Any) -> None:
+    writer, readings = make("run"), Readings()
+    first = sheet(folder)
+    ledger = first.ledger(drawn(first, readings))
+    fill(writer, 301, 302)
+    writer.flush()
+    assert added(sheet(folder, View(by="time")), readings, ledger) == ({}, ledger)
+
+
+def test_hours_are_counted_from_the_runs_start_whatever_is_shown(folder: Path, make: Any) -> None:
+    writer = make("run")
+    write(writer, "user/late", [290, 300], [1.0, 2.0])
+    writer.flush()
+    late = drawn(sheet(folder, View(by="time"), ("user/late",), hours=True))[0].figure
+    assert late["data"][0]["x"].tolist() == pytest.approx([289 / 3600, 299 / 3600])
+    first = sheet(folder, View(by="time"), hours=True)
+    ledger = first.ledger(drawn(first))
+    fill(writer, 301, 301)
+    writer.flush()
+    patches, _ = news(sheet(folder, View(by="time"), hours=True), Readings(), ledger)
+    operations = patches["loss/mean"].to_plotly_json()["operations"]
+    assert operations[0]["params"]["value"] == pytest.approx([300 / 3600])
