@@ -232,5 +232,6 @@ def _conclude(out: Path, console: Any) -> None:
     report = write_report(run, out / "report.html")
     console.print(f"\nThe log is {out}, the report {report}.")
     console.print(f"  in a browser:      open {report}", soft_wrap=True)
+    console.print(f"  in the dashboard:  entropylens dashboard {out.parent}", soft_wrap=True)
     console.print(f"  in the terminal:   entropylens show {out}", soft_wrap=True)
     console.print(f"  as numbers:        entropylens get {out} 'entropy/token/*'", soft_wrap=True)

@@ -187,6 +187,8 @@ def figure(
     layout["meta"] = counts
     layout["xaxis"]["title"]["text"] = axis_title(axis, *counts)
     layout["showlegend"] = _needs_legend(drawn)
+    if logarithmic and _decades(drawn) < 3:
+        layout["yaxis"]["dtick"] = "D2"  # 1, 2 and 5 of each
     if _is_constant(drawn):
         layout["yaxis"]["rangemode"] = "tozero"  # else plotly.js takes the value +- 1
     if is_small:
@@ -292,6 +294,11 @@ def marks_figure(marks: Sequence[Mark], axis: Axis, revision: str = "") -> dict[
 
 def _cut(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _decades(drawn: Sequence[Drawn]) -> float:
+    values = np.concatenate([one.y[one.y > 0] for one in drawn]) if drawn else np.zeros(0)
+    return float(np.log10(values.max() / values.min())) if values.size else 0.0
 
 
 def _needs_legend(drawn: Sequence[Drawn]) -> bool:
