@@ -9,7 +9,8 @@ from dash import Patch
 from numpy.typing import NDArray
 
 from entropylens.errors import EntropyLensError
-from entropylens.figures.drawing import SPARSE, Axis, axis_title, lines_of, view_of
+from entropylens.figures.axes import Axis, axis_title, view_of
+from entropylens.figures.drawing import SPARSE, lines_of
 from entropylens.figures.thinning import Memory, smoothed
 from entropylens.store.points import Points
 from entropylens_dashboard.readings import Readings

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entropylens.analysis.compare import aligned, ratio
-from entropylens.figures.drawing import Axis, Drawn, Mark, draw, figure
+from entropylens.figures.axes import Axis
+from entropylens.figures.drawing import Drawn, Mark, draw, figure
 from entropylens.figures.panels import Panel, Shown, unit_of
 from entropylens.figures.thinning import smoothed
 from entropylens.store.points import Key, Points

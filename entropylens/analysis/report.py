@@ -19,7 +19,8 @@ from entropylens.analysis.overview import (
     started,
 )
 from entropylens.dictionary import definitions
-from entropylens.figures.drawing import Axis, Drawn, Span, draw, figure
+from entropylens.figures.axes import Axis
+from entropylens.figures.drawing import Drawn, Span, draw, figure
 from entropylens.figures.panels import EVALUATION, PANELS, Panel, unit_of
 from entropylens.store.layout import write_atomically
 from entropylens.store.reader import Run

@@ -2,38 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from html import escape
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from entropylens.figures.axes import BY_STEP, LABELS, Axis, axis_title, view_of
 from entropylens.figures.colours import COLOURS, SEVERITIES, with_opacity
 from entropylens.figures.panels import Shown
 from entropylens.figures.thinning import POINTS, kept
 
 __all__ = [
     "SPARSE",
-    "Axis",
     "Drawn",
     "Mark",
     "Span",
-    "axis_title",
     "draw",
     "figure",
     "lines_of",
     "marks_figure",
     "traces",
-    "view_of",
 ]
 
-_LABELS: Final = {
-    "step": "optimiser step",
-    "tokens": "tokens seen",
-    "time": "time (UTC)",
-    "hours": "hours since the start",
-}
 _SMALL: Final[dict[str, Any]] = {
     "height": None,
     "autosize": True,
@@ -47,28 +38,6 @@ _LEGEND: Final = 14
 """Lines beyond which a legend would take the figure's place."""
 _MARKS: Final = 30
 """Vertical lines of a figure at most."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The horizontal axis."""
-
-    by: str = "step"
-    """step, tokens, time (unix seconds) or hours."""
-    within: tuple[float, float] | None = None
-    """What is in view; None is all."""
-    extent: tuple[float, float] | None = None
-    """What all is, so that figures over one another agree."""
-
-    def placed(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Values as plotly.js takes them: time in milliseconds; NaN where it is not known."""
-        if self.by != "time":
-            return x
-        milliseconds = np.round(x * 1e3)
-        return milliseconds.astype(np.int64) if np.isfinite(milliseconds).all() else milliseconds
-
-
-BY_STEP: Final = Axis()
 
 
 @dataclass(frozen=True)
@@ -333,7 +302,7 @@ def _edge(one: Drawn, axis: Axis, name: str) -> dict[str, Any]:
 
 def _layout(unit: str, axis: Axis, logarithmic: bool, revision: str) -> dict[str, Any]:
     x: dict[str, Any] = {
-        "title": {"text": _LABELS[axis.by], "standoff": 4, "font": {"size": 11}},
+        "title": {"text": LABELS[axis.by], "standoff": 4, "font": {"size": 11}},
         "zeroline": False,
         "type": "date" if axis.by == "time" else "linear",
         "uirevision": f"{revision} {axis.within}",
@@ -361,34 +330,6 @@ def _layout(unit: str, axis: Axis, logarithmic: bool, revision: str) -> dict[str
         "yaxis": y,
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     }
-
-
-def view_of(axis: Axis) -> list[Any]:
-    """The range of the horizontal axis: what is in view, or all with a little room."""
-    if axis.within is not None:
-        edges = axis.within
-    else:
-        low, high = axis.extent or (0.0, 1.0)
-        room = (high - low) * 0.015 or 0.5
-        edges = low - room, high + room
-    return [_edge_of_view(edge, axis) for edge in edges]
-
-
-def _edge_of_view(edge: float, axis: Axis) -> Any:
-    if axis.by != "time":
-        return edge
-    return datetime.fromtimestamp(edge, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-
-
-def axis_title(axis: Axis, shown: int, total: int) -> str:
-    """The title of the horizontal axis, with how many of how many points are drawn.
-
-    Example:
-        >>> axis_title(Axis(), 1998, 1000000)
-        'optimiser step · 1,998 of 1,000,000 points'
-    """
-    count = f"{total:,}" if shown >= total else f"{shown:,} of {total:,}"
-    return f"{_LABELS[axis.by]} · {count} point{'s' * (total != 1)}"
 
 
 def _shades(spans: Sequence[Span]) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ import plotly.graph_objects as go
 import pytest
 from plotly.utils import PlotlyJSONEncoder
 
-from entropylens.figures.drawing import Axis, Mark, Span, draw, figure, marks_figure
+from entropylens.figures.axes import Axis
+from entropylens.figures.drawing import Mark, Span, draw, figure, marks_figure
 from entropylens.figures.panels import PANELS, Shown, panel_of, unit_of
 from entropylens.figures.thinning import POINTS
 

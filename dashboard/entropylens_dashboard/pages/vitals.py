@@ -7,7 +7,8 @@ import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
 from entropylens.errors import EntropyLensError
-from entropylens.figures.drawing import Axis, marks_figure
+from entropylens.figures.axes import Axis
+from entropylens.figures.drawing import marks_figure
 from entropylens.figures.panels import PANELS, panel_of
 from entropylens_dashboard.components import control, said, state_badge, verdict_line
 from entropylens_dashboard.desk import Desk, events, facts, headlines, marks, verdict
