@@ -214,7 +214,12 @@ def test_the_program_answers_until_it_is_stopped(tmp_path: Path) -> None:
     source = Path(serving.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{source}:{source.parent}"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -224,7 +229,10 @@ def test_the_program_answers_until_it_is_stopped(tmp_path: Path) -> None:
         status, page = fetch(url, Authorization=f"Bearer {TOKEN}")
         assert (status, "_dash-config" in page) == (200, True)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        try:
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
         assert process.stderr.read() == ""
 
 
