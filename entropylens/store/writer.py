@@ -23,6 +23,7 @@ from entropylens.store.batches import record_batch, row_count
 from entropylens.store.manifest import plain, save_manifest
 from entropylens.store.opening import checked_place, claim_place, open_manifest
 from entropylens.store.seal import covered_rows, seal_tail
+from entropylens.store.sigterm import install, uninstall
 from entropylens.store.status import RankStatus
 from entropylens.store.tail import Tail
 
@@ -31,6 +32,8 @@ __all__ = ["RunWriter"]
 log = logging.getLogger("entropylens")
 
 HEARTBEAT_SECONDS: Final = 5.0
+_AT_ONCE: Final = 4096
+"""Entries of the queue that go to the tails together."""
 JOIN_SECONDS: Final = 60.0
 """How long closing waits for the last rows."""
 
@@ -110,7 +113,7 @@ class RunWriter:
         self._thread = threading.Thread(target=self._run, name="entropylens-writer", daemon=True)
         self._thread.start()
         self._old_handler: Any = None
-        self._old_handler = _install(self._on_sigterm)
+        self._old_handler = install(self._on_sigterm)
         atexit.register(self._at_exit)
 
     @property
@@ -218,7 +221,7 @@ class RunWriter:
             self._commands.put(("close", Future()))
         self._thread.join(JOIN_SECONDS)
         atexit.unregister(self._at_exit)
-        _uninstall(self._on_sigterm, self._old_handler)
+        uninstall(self._on_sigterm, self._old_handler)
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -303,9 +306,18 @@ class RunWriter:
         self._claim.release()
 
     def _drain(self) -> bool:
+        """All that is queued now, and in parts: a faster producer keeps nothing from the disk."""
+        waiting, written = len(self._queue), self._drain_part(_AT_ONCE)
+        for _ in range(_AT_ONCE, waiting, _AT_ONCE):
+            self._seal(everything=False)
+            self._beat(leave=False)
+            written = self._drain_part(_AT_ONCE)
+        return self._drain_part(len(self._queue)) if self._end is not None else written
+
+    def _drain_part(self, most: int) -> bool:
         """Queue to batches to tails; what a tail does not take is kept for the next time."""
         grouped: dict[str, list[pa.RecordBatch]] = {}
-        while self._queue:
+        for _ in range(min(most, len(self._queue))):
             table, now, columns, rows = self._queue.popleft()
             try:
                 batch = record_batch(table, columns, rows, self.rank, self.attempt, now)
@@ -406,20 +418,3 @@ class RunWriter:
             status.save(self._layout, sync=leave)
         except OSError as error:
             self.fault("status", error)
-
-
-def _install(handler: Callable[[int, Any], None]) -> Any:
-    """Put ``handler`` before the present one; None where that cannot be, or the signal is off."""
-    present = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or present is signal.SIG_IGN:
-        return None
-    if present is None:
-        return None
-    return signal.signal(signal.SIGTERM, handler)
-
-
-def _uninstall(handler: Callable[[int, Any], None], previous: Any) -> None:
-    if threading.current_thread() is not threading.main_thread() or previous is None:
-        return
-    if signal.getsignal(signal.SIGTERM) == handler:
-        signal.signal(signal.SIGTERM, previous)

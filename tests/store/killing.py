@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from entropylens.store import compact
-from entropylens.store.writer import RunWriter, _uninstall
+from entropylens.store.sigterm import uninstall
+from entropylens.store.writer import RunWriter
 
 
 class Killed(SystemExit):
@@ -57,7 +58,7 @@ def bury(writer: RunWriter) -> None:
         tail.close()
     writer._claim.release()
     atexit.unregister(writer._at_exit)
-    _uninstall(writer._on_sigterm, writer._old_handler)
+    uninstall(writer._on_sigterm, writer._old_handler)
 
 
 @contextmanager

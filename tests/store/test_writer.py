@@ -19,6 +19,8 @@ from store.strangers import STRANGERS, read_by, segments
 from entropylens.errors import EntropyLensError
 from entropylens.records import FORMAT_VERSION, SCHEMAS
 from entropylens.store import opening
+from entropylens.store import writer as writer_module
+from entropylens.store.batches import record_batch
 from entropylens.store.layout import Layout
 from entropylens.store.reader import open_run
 from entropylens.store.status import RankStatus
@@ -642,3 +644,34 @@ def test_forked_workers_change_nothing(tmp_path: Path) -> None:
     assert run.state() == "finished"
     assert run.metrics().table["name"].to_pylist() == ["before", "after"]
     assert run.events().table["kind"].to_pylist() == ["run/start", "run/end"]
+
+
+def test_a_producer_that_is_always_faster_keeps_no_row_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row that is turned into a batch is followed by another before the next is taken."""
+    made, fast = 0, True
+
+    def one_more() -> None:
+        nonlocal made
+        made += 1
+        writer.write("metrics", {"name": "loss/mean", "value": float(made), "step": made})
+
+    def outpaced(table: str, *rest: Any) -> Any:
+        if fast and table == "metrics":
+            one_more()
+        return record_batch(table, *rest)
+
+    writer = RunWriter(tmp_path / "run", flush_seconds=0.01, seal_seconds=0.05)
+    monkeypatch.setattr(writer_module, "record_batch", outpaced)
+    one_more()
+    run, deadline = open_run(tmp_path / "run"), time.monotonic() + 20
+    sealed: list[Path] = []
+    while not sealed and time.monotonic() < deadline:
+        time.sleep(0.01)
+        sealed = list((tmp_path / "run" / "metrics").glob("*.parquet"))
+    fast = False
+    writer.close()
+    assert sealed
+    steps = run.metrics("loss/mean").to_pandas()["step"].tolist()
+    assert sorted(steps) == list(range(1, made + 1))
