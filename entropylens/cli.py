@@ -6,14 +6,13 @@ standard error and exit status 2.
 """
 
 import json
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from entropylens.store.reader import Run
 
 __all__ = ["app", "main"]
-
-_BATCH_ROWS: Final = 10_000
 
 
 class _Verbs(TyperGroup):
@@ -207,18 +204,19 @@ def export(
 ) -> None:
     """Write a table of a run to one file, every digit kept."""
     from entropylens.records import SCHEMAS
+    from entropylens.store.export import WRITERS
     from entropylens.store.layout import publish, temporary
     from entropylens.store.reader import open_run
 
-    if to not in _WRITERS:
-        raise ValueError(unknown_name("export", "format", to, _WRITERS))
+    if to not in WRITERS:
+        raise ValueError(unknown_name("export", "format", to, WRITERS))
     if table not in SCHEMAS:
         raise ValueError(unknown_name("export", "table", table, SCHEMAS))
     if output.exists() and not force:
         raise ValueError(f"export: expected {output} to be free, got a file; use --force")
     rows = open_run(run).rows(table).to_arrow()
     try:
-        _WRITERS[to](rows, temporary(output))
+        WRITERS[to](rows, temporary(output))
         publish(output)
     finally:
         temporary(output).unlink(missing_ok=True)
@@ -336,20 +334,10 @@ def _complain(kind: str, message: object) -> None:
 
 def _print_json(document: Mapping[str, Any]) -> None:
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    text = json.dumps(_as_json(document), allow_nan=False, ensure_ascii=ascii_only)
+    from entropylens.store.export import as_json
+
+    text = json.dumps(as_json(document), allow_nan=False, ensure_ascii=ascii_only)
     sys.stdout.write(text + "\n")
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(inner) for inner in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _done(output: Path, as_json: bool, what: str, **facts: Any) -> None:
@@ -386,41 +374,6 @@ def _check_names(run: "Run", wanted: Sequence[str]) -> None:
     for name in wanted:
         if known and not set("*?") & set(name) and name not in known:
             raise EntropyLensError(unknown_name("get", "metric of this run", name, known))
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-def _write_csv(rows: "pa.Table", path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import csv
-
-    for place, field in enumerate(rows.schema):
-        if pa.types.is_list(field.type):
-            texts = [
-                None if v is None else json.dumps(_as_json(v)) for v in rows[place].to_pylist()
-            ]
-            rows = rows.set_column(place, field.name, pa.array(texts, pa.string()))
-    csv.write_csv(rows, path)
-
-
-def _write_parquet(rows: "pa.Table", path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    pq.write_table(rows, path, compression="zstd")
-
-
-def _write_json(rows: "pa.Table", path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        before = "["
-        for batch in rows.to_batches(max_chunksize=_BATCH_ROWS):
-            for row in batch.to_pylist():
-                file.write(f"{before}\n{json.dumps(_as_json(row), ensure_ascii=False)}")
-                before = ","
-        file.write("\n]\n" if before == "," else "[]\n")
-
-
-_WRITERS: Final = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}
 
 
 if __name__ == "__main__":

@@ -15,14 +15,11 @@ from torch import Tensor, nn
 
 from entropylens.budget import MAX_OVERHEAD, Budget
 from entropylens.capture.optimizer import named_optimizers
-from entropylens.errors import EntropyLensError
-from entropylens.meeting import rank_and_world, run_dir_of_rank_zero
+from entropylens.joining import open_writer, place_of, tokens_seen
 from entropylens.records import Phase, check_metric_name
 from entropylens.registry import Block, Scalars, resolve_schedules
 from entropylens.schedule import Schedule, check_preset
 from entropylens.session import Session
-from entropylens.store.manifest import load_manifest
-from entropylens.store.reader import open_run
 from entropylens.store.writer import RunWriter
 from entropylens.transfer import Stamp
 from entropylens.watch import Watch
@@ -141,9 +138,9 @@ class Lens:
         }
         asked, start = Path(run_dir), 0
         if state is not None:
-            start, place = int(state["step"]), _place_of(state, asked)
+            start, place = int(state["step"]), place_of(state, asked)
             run_dir, resume_step = (asked, None) if place is None else (place, start)
-        writer = _open_writer(
+        writer = open_writer(
             run_dir,
             rank,
             world_size,
@@ -391,46 +388,10 @@ class Lens:
         if state is not None:
             self._session.load_state_dict(state)
         if self._step:
-            seen = _tokens_seen(writer, self._step)
+            seen = tokens_seen(writer, self._step)
             if seen is None and state is not None:
                 seen = state.get("tokens_seen")
             self.watch.tokens_seen = None if seen is None else torch.tensor(seen)
-
-
-def _open_writer(
-    run_dir: str | Path, rank: int | None, world_size: int | None, **settings: Any
-) -> RunWriter:
-    if rank is not None or world_size is not None:
-        return RunWriter(Path(run_dir), rank=rank or 0, world_size=world_size or 1, **settings)
-    rank, world_size = rank_and_world()
-    with run_dir_of_rank_zero(run_dir, rank=rank, world_size=world_size) as meeting:
-        writer = RunWriter(meeting.run_dir, rank=rank, world_size=world_size, **settings)
-        meeting.run_dir = writer.run_dir
-    return writer
-
-
-def _place_of(state: Mapping[str, Any], asked: Path) -> Path | None:
-    """Where the run of a checkpoint is, if that is what ``asked`` means; None asks for a new one.
-
-    A directory that was moved together with its checkpoints is found where it is asked for.
-    """
-    places = [asked]
-    if str(asked.absolute()) == state.get("asked"):
-        places.append(Path(state.get("run_dir", asked)))
-    for place in places:
-        try:
-            if load_manifest(place)["run_id"] == state.get("run_id"):
-                return place
-        except EntropyLensError:
-            continue
-    return None
-
-
-def _tokens_seen(writer: RunWriter, step: int) -> int | None:
-    """Tokens that this rank had seen at a step, as its log says; None where it does not."""
-    rows = open_run(writer.run_dir).metrics("tokens/seen", steps=(step, step)).to_arrow()
-    seen = [row["value"] for row in rows.to_pylist() if row["rank"] == writer.rank]
-    return int(seen[0]) if seen else None
 
 
 def _device_of(model: nn.Module | None) -> torch.device:

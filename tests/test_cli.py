@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 import entropylens
 from entropylens.analysis.summary import MAIN_SERIES, summary
-from entropylens.cli import _WRITERS, app
+from entropylens.cli import app
 from entropylens.errors import EntropyLensError
 from entropylens.figures.terminal import (
     age,
@@ -30,6 +30,7 @@ from entropylens.figures.terminal import (
     short,
     sparkline,
 )
+from entropylens.store.export import WRITERS
 from entropylens.store.reader import open_run
 from entropylens.store.writer import RunWriter
 
@@ -295,7 +296,7 @@ def test_export_replaces_a_file_only_when_forced_and_leaves_no_part(
         path.write_text("half")
         raise ZeroDivisionError
 
-    monkeypatch.setitem(_WRITERS, "csv", fails_half_way)
+    monkeypatch.setitem(WRITERS, "csv", fails_half_way)
     assert isinstance(invoke(*verb, "--force").exception, ZeroDivisionError)
     assert file.read_text() == "mine"
     assert os.listdir(tmp_path) == ["out.csv"]

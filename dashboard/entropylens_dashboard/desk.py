@@ -19,6 +19,7 @@ from entropylens.store.points import Key
 from entropylens.store.reader import Run
 from entropylens_dashboard.library import Entry, Library
 from entropylens_dashboard.readings import Readings, Stretch
+from entropylens_dashboard.sheet import mapping
 
 __all__ = ["HEADLINES", "Desk", "age", "headlines", "marks", "verdict"]
 
@@ -60,7 +61,7 @@ class Desk:
 
     def asked(self, spec: Any) -> Entry | None:
         """The run that a page is about; None where it is gone, or nothing sensible was asked."""
-        ids = spec.get("runs") if isinstance(spec, Mapping) else None
+        ids = mapping(spec).get("runs")
         first = ids[0] if isinstance(ids, list) and ids else None
         found = self.find([first]) if isinstance(first, str) else {}
         return next(iter(found.values()), None)

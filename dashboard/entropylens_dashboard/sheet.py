@@ -17,7 +17,7 @@ from entropylens.store.points import Key, Points
 from entropylens.store.reader import Run
 from entropylens_dashboard.readings import Readings, Stretch
 
-__all__ = ["Ask", "Picture", "Sheet", "View", "texts"]
+__all__ = ["Ask", "Picture", "Sheet", "View", "mapping", "texts"]
 
 TOKENS: Final = Key("tokens/seen", "", "train")
 STARTS: Final = (TOKENS, Key("loss/mean", "", "train"), Key("step/seconds", "", "train"))
@@ -45,7 +45,7 @@ class View:
     @classmethod
     def parse(cls, controls: Mapping[str, Any], within: Any = None) -> "View":
         """The view that controls ask for; what makes no sense is left at its default."""
-        controls = controls if isinstance(controls, Mapping) else {}
+        controls = mapping(controls)
         by = controls.get("by")
         scale = controls.get("scale")
         return cls(
@@ -61,14 +61,21 @@ def texts(value: Any, default: Sequence[str], most: int) -> list[str]:
     if value is None or value == "":
         return list(default)[:most]
     found = value.split(",") if isinstance(value, str) else value
-    known = [_whole(one) for one in found if isinstance(one, str)] if _is_list(found) else []
+    known = (
+        [_without_halves(one) for one in found if isinstance(one, str)] if _is_list(found) else []
+    )
     known = [one for one in known if one and len(one) <= LONGEST]
     return list(dict.fromkeys(known if _is_list(found) else default))[:most]
 
 
-def _whole(text: str) -> str:
+def _without_halves(text: str) -> str:
     """Without half characters, which no answer could carry."""
     return text.encode("utf-8", "ignore").decode("utf-8")
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """What a browser keeps under names; nothing where it sends something else."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_list(value: Any) -> bool:

@@ -18,7 +18,7 @@ from entropylens.store.reader import Run
 from entropylens_dashboard.components import control
 from entropylens_dashboard.desk import Desk
 from entropylens_dashboard.pages.panels import MOST_RUNS, SLOW_MILLISECONDS, controls, frame, spread
-from entropylens_dashboard.sheet import Ask, Sheet, View, texts
+from entropylens_dashboard.sheet import Ask, Sheet, View, mapping, texts
 
 __all__ = ["layout", "register", "sheet"]
 
@@ -129,7 +129,7 @@ def register(app: Dash, desk: Desk) -> None:
         State("spec", "data"),
     )
     def tables(view: Any, beat: Any, spec: Any) -> Any:
-        chosen, spec = _mapping(view), _mapping(spec)
+        chosen, spec = mapping(view), mapping(spec)
         found = desk.find(
             texts(chosen.get("runs"), texts(spec.get("runs"), (), MOST_RUNS), MOST_RUNS)
         )
@@ -218,7 +218,3 @@ def _table(name: str) -> Any:
         className="ag-theme-quartz",
         style={"height": None},
     )
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -10,7 +10,7 @@ from entropylens.errors import EntropyLensError
 from entropylens_dashboard.components import card, control
 from entropylens_dashboard.desk import Desk
 from entropylens_dashboard.news import added
-from entropylens_dashboard.sheet import Picture, Sheet, View, texts
+from entropylens_dashboard.sheet import Picture, Sheet, View, mapping, texts
 
 __all__ = [
     "BEAT_MILLISECONDS",
@@ -92,8 +92,8 @@ def register(app: Dash, desk: Desk, sheets: Mapping[str, MakeSheet]) -> None:
 
     def made(spec: Any, view: Any, within: Any) -> Sheet | None:
         """What a browser asks for; None where that makes no sense."""
-        controls = view if isinstance(view, Mapping) else {}
-        page = spec.get("page") if isinstance(spec, Mapping) else None
+        controls = mapping(view)
+        page = mapping(spec).get("page")
         make = sheets.get(page) if isinstance(page, str) else None
         if make is None:
             return None

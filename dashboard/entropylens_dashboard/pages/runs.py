@@ -15,7 +15,7 @@ from entropylens_dashboard.components import STATES
 from entropylens_dashboard.desk import Desk, age, events, headlines, verdict
 from entropylens_dashboard.library import Entry
 from entropylens_dashboard.readings import Stretch
-from entropylens_dashboard.sheet import texts
+from entropylens_dashboard.sheet import mapping, texts
 
 __all__ = ["layout", "register"]
 
@@ -95,8 +95,8 @@ def register(app: Dash, desk: Desk) -> None:
     )
     def refresh(beat: Any, looked: Any, tags: Any) -> Any:
         entries = {entry.id: entry for entry in desk.library.entries()}
-        known = {i: told for i, told in _mapping(looked).items() if _is_told(told)}
-        rows = {i: _facts(desk, entry, _mapping(tags)) for i, entry in entries.items()}
+        known = {i: told for i, told in mapping(looked).items() if _is_told(told)}
+        rows = {i: _facts(desk, entry, mapping(tags)) for i, entry in entries.items()}
         fresh = _look(desk, entries, rows, known)
         told = {i: [now, _told(rows[i])] for i, now in fresh.items()}
         for run_id in set(rows) - set(fresh):
@@ -239,10 +239,6 @@ def _change(
 
 def _is_told(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | float)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _cells(desk: Desk, entry: Entry) -> dict[str, Any]:
