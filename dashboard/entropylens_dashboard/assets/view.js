@@ -190,6 +190,12 @@
     document.documentElement.setAttribute('data-mantine-color-scheme', dark ? 'dark' : 'light');
   } catch (error) { /* storage may be forbidden: the page then follows the system */ }
 
+  function refit() {
+    if (window.Plotly) document.querySelectorAll('.js-plotly-plot').forEach(graph => window.Plotly.Plots.resize(graph));
+  }
+  window.addEventListener('beforeprint', refit);
+  window.addEventListener('afterprint', refit);
+
   document.addEventListener('keydown', function (event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typed = 'input:not([type=radio]):not([type=checkbox]):not([type=range]), textarea, select';
