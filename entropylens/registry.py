@@ -32,6 +32,11 @@ __all__ = [
     "Lookup",
     "Metric",
     "OptimizerReading",
+    "PolicyReading",
+    "ProbeReading",
+    "RolloutReading",
+    "RouterReading",
+    "SampledReading",
     "Scalars",
     "StepReading",
     "TokenReading",
@@ -115,6 +120,10 @@ class TokenReading:
     """``[n]`` variance of the log-probability under it, nats squared."""
     max_probability: Tensor | None = None
     """``[n]`` probability of the most probable token."""
+    sum_squared_probabilities: Tensor | None = None
+    """``[n]`` sum_i p_i^2."""
+    expected_discriminator: Tensor | None = None
+    """``[n]`` N = E_p[S], S_i = p_i (log p_i + H), nats."""
     present: Tensor
     """``[n]`` bool: false where a slot holds no scored token."""
     weight: Tensor
@@ -126,7 +135,7 @@ class TokenReading:
     token_id: Tensor
     """``[n]`` the target."""
     distribution_weight: Tensor | None = None
-    """``[n]`` scored tokens that each row stands for in ``varentropy`` and ``max_probability``, 0
+    """``[n]`` scored tokens that each row stands for in the statistics above that may be None, 0
     where the row's whole distribution was not looked at: a fused head gives ``logprob`` and
     ``entropy`` of every token, the rest only a sample's. None is ``weight``."""
     key: Tensor
@@ -140,6 +149,146 @@ class TokenReading:
     """Number of classes, V."""
     grids: Sequence[tuple[int, int]] | None = None
     """``(rows, columns)`` of each micro-batch when every position is there in order, else None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyReading:
+    """Tokens that a policy-gradient step learns from: ``n`` rows, those of ``tokens``.
+
+    What stands in rows where ``tokens.present`` is false, or in sequences without a reward, means
+    nothing.
+    """
+
+    tokens: TokenReading
+    """The policy as this step's loss sees it, at its temperature; targets are what was sampled."""
+    advantage: Tensor
+    """``[n]`` A of each token, as the loss uses it."""
+    old_logprob: Tensor | None = None
+    """``[n]`` log-probability under the policy that the importance ratio is taken against, nats.
+    None where that is this very policy: every ratio is exactly 1."""
+    sampler_logprob: Tensor | None = None
+    """``[n]`` log-probability that the engine which drew the token gave it, nats; NaN where it did
+    not tell."""
+    reference_logprob: Tensor | None = None
+    """``[n]`` log-probability under the reference policy, nats."""
+    reverse_kl: Tensor | None = None
+    """``[n]`` KL(policy || teacher) of whole distributions, nats, where a teacher's are there."""
+    forward_kl: Tensor | None = None
+    """``[n]`` KL(teacher || policy) of whole distributions, nats."""
+    clip: tuple[float, float] | None = None
+    """``(low, high)``: the loss stops learning from a token whose ratio is below 1 - low with
+    A < 0, or above 1 + high with A > 0. None is no clipping."""
+    ratio_level: str = "token"
+    """``token``, or ``sequence`` where the loss takes one ratio a sequence."""
+    answers: Tensor | None = None
+    """``[n]`` bool: the token comes after the thinking delimiter; the delimiter is in neither."""
+    thoughts: Tensor | None = None
+    """``[n]`` bool: the token comes before it."""
+    reward: Tensor | None = None
+    """``[sequences]`` total reward; NaN where there is none."""
+    correct: Tensor | None = None
+    """``[sequences]`` 1 where the completion is right, else 0; NaN where that is not known."""
+    pass_rate: Tensor | None = None
+    """``[sequences]`` share of right completions in the sequence's whole group, 0..1; NaN where
+    that is not known."""
+    group: Tensor | None = None
+    """``[sequences]`` index of the prompt that the sequence answers. A group may be here in part:
+    trainers shuffle; what needs whole groups reads a `RolloutReading`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutReading:
+    """Completions of one generation, ``n`` in number, before anything shuffled them.
+
+    Under several ranks a rank holds its own completions if its groups are whole; where groups cross
+    ranks, rank 0 holds the rewards of all and the others None.
+    """
+
+    group: Tensor | None = None
+    """``[n]`` long: index of the prompt, 0 .. groups - 1; members of a group stand together."""
+    group_size: int = 1
+    """Completions of each prompt, G; ``n`` is a multiple of it."""
+    reward: Tensor | None = None
+    """``[n]`` total reward as the trainer weighs it; NaN where nothing could be scored."""
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)
+    """By component, ``[n]``; NaN where it did not apply."""
+    correct: Tensor | None = None
+    """``[n]`` 1 where the completion is right, else 0; NaN where that is not known."""
+    answer: Tensor | None = None
+    """``[n]`` long: completions of one group with the same number are the same answer."""
+    token_id: Tensor | None = None
+    """``[m, T]`` tokens of this rank's own completions, ``m`` in number."""
+    mask: Tensor | None = None
+    """``[m, T]`` bool: true where a token belongs to the completion."""
+    truncated: Tensor | None = None
+    """``[m]`` bool: the completion reached the length limit without an end."""
+    seconds: float | None = None
+    """Wall time of generating and scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledReading:
+    """Tokens that this very policy drew, none left out by what they or their rewards are.
+
+    ``n`` rows in the order of time within each sequence: all tokens, or a sample chosen without
+    looking at them.
+    """
+
+    surprisal_gap: Tensor
+    """``[n]`` Y = -log p(token) - H, nats."""
+    varentropy: Tensor
+    """``[n]`` Var_p(log p), nats squared."""
+    cumulant: Tensor
+    """``[len(exponents), n]`` psi(lam) = log E_p exp(lam Y), nats."""
+    exponents: tuple[float, ...]
+    """The lam."""
+    present: Tensor
+    """``[n]`` bool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeReading:
+    """Distributions at ``m`` states before and after one update of the weights.
+
+    The states are tokens of the step's own batch, chosen without looking at them.
+    """
+
+    before: Tensor
+    """``[m, V]`` logits at the loss's temperature, float32."""
+    after: Tensor
+    """``[m, V]`` logits at the same states after the update."""
+    direction: Tensor
+    """``[m, V]`` derivative of the logits along the update: what they change by to first order."""
+    is_exact: bool = True
+    """Whether ``direction`` was differentiated, or taken from a finite difference."""
+    weight: Tensor
+    """``[m]`` scored tokens that each state stands for; 0 where there is none."""
+    token_id: Tensor
+    """``[m]`` what was sampled there."""
+    position: Tensor
+    """``[m]`` index among the scored tokens of its sequence."""
+    sequence: Tensor
+    """``[m]`` number of the sequence within the step."""
+    sample_ids: Sequence[str] | None = None
+    """Identifier of each sequence of the step, where the loop gave them."""
+    advantage: Tensor | None = None
+    """``[m]`` A, where the step is a policy's."""
+    old_logprob: Tensor | None = None
+    """``[m]`` as in `PolicyReading`."""
+    clip: tuple[float, float] | None = None
+    """As in `PolicyReading`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterReading:
+    """What the routers of a mixture of experts decided in one training forward."""
+
+    logits: Mapping[str, Tensor]
+    """By layer, ``[tokens, experts]``."""
+    present: Tensor | None = None
+    """``[tokens]`` bool: true where a token is not padding; None is everywhere."""
+    experts_per_token: int | None = None
+    """Experts that each token is sent to, where the model says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +355,11 @@ class StepReading:
 
 READINGS: Final[Mapping[str, type]] = {
     "tokens": TokenReading,
+    "policy": PolicyReading,
+    "rollout": RolloutReading,
+    "sampled": SampledReading,
+    "probe": ProbeReading,
+    "router": RouterReading,
     "gradients": GradientReading,
     "update": UpdateReading,
     "step": StepReading,

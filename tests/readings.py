@@ -8,6 +8,11 @@ import torch
 from entropylens.registry import (
     GradientReading,
     OptimizerReading,
+    PolicyReading,
+    ProbeReading,
+    RolloutReading,
+    RouterReading,
+    SampledReading,
     StepReading,
     TokenReading,
     UpdateReading,
@@ -28,6 +33,8 @@ def tokens(device: str = "cpu", *, rows: int = 3, columns: int = 40) -> TokenRea
         "entropy": 4 * uniform(),
         "varentropy": uniform(),
         "max_probability": uniform(),
+        "sum_squared_probabilities": uniform(),
+        "expected_discriminator": 0.1 * (uniform() - 0.5),
         "present": torch.ones(n, dtype=torch.bool),
         "weight": torch.ones(n),
         "position": torch.arange(n) % columns,
@@ -41,6 +48,110 @@ def tokens(device: str = "cpu", *, rows: int = 3, columns: int = 40) -> TokenRea
         sample_ids=[f"sample {i}" for i in range(rows)],
         vocabulary=50,
         grids=[(rows, columns)],
+    )
+
+
+def policy(device: str = "cpu", *, rows: int = 8, columns: int = 40) -> PolicyReading:
+    """Two groups of four completions with everything that may be known of them."""
+    generator = torch.Generator().manual_seed(1)
+    n = rows * columns
+
+    def normal(size: int = n, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(device)
+
+    found = tokens(device, rows=rows, columns=columns)
+    place = torch.arange(n) % columns
+    correct = (torch.arange(rows) % 2).float()
+    return PolicyReading(
+        tokens=found,
+        advantage=normal(rows).repeat_interleave(columns),
+        old_logprob=found.logprob + normal(scale=0.1),
+        sampler_logprob=found.logprob + normal(scale=0.01),
+        reference_logprob=found.logprob + normal(scale=0.2),
+        reverse_kl=normal().abs(),
+        forward_kl=normal().abs(),
+        clip=(0.2, 0.28),
+        thoughts=(place < 30).to(device),
+        answers=(place > 30).to(device),
+        reward=correct.to(device),
+        correct=correct.to(device),
+        pass_rate=torch.linspace(0, 1, rows).to(device),
+        group=(torch.arange(rows) // 4).to(device),
+    )
+
+
+def rollout(device: str = "cpu", *, groups: int = 3, size: int = 4) -> RolloutReading:
+    """Three groups: mixed, all right, all wrong."""
+    n = groups * size
+    generator = torch.Generator().manual_seed(2)
+    correct = torch.tensor([0.0, 1.0, 0.0, 1.0, *[1.0] * size, *[0.0] * size][:n])
+    length = torch.arange(n) % 7 + 3
+    places = torch.arange(9)
+    return RolloutReading(
+        group=(torch.arange(n) // size).to(device),
+        group_size=size,
+        reward=correct.to(device),
+        rewards={
+            "verifier": correct.to(device),
+            "format": torch.rand(n, generator=generator).to(device),
+        },
+        correct=correct.to(device),
+        answer=(torch.arange(n) % 3).to(device),
+        token_id=torch.randint(0, 5, (n, 9), generator=generator).to(device),
+        mask=(places < length[:, None]).to(device),
+        truncated=(length == 9).to(device),
+        seconds=1.5,
+    )
+
+
+def sampled(device: str = "cpu", *, rows: int = 60) -> SampledReading:
+    """Tokens drawn from random distributions, with their cumulants."""
+    generator = torch.Generator().manual_seed(3)
+    logp = torch.randn(rows, 20, generator=generator).double().log_softmax(-1)
+    p = logp.exp()
+    token = torch.multinomial(p, 1, generator=generator)
+    entropy = -(p * logp).sum(-1)
+    exponents = (-0.25, -0.1, -0.05, 0.05, 0.1, 0.25)
+    lam = torch.tensor(exponents).double()[:, None, None]
+    cumulant = ((1 - lam) * logp).logsumexp(-1) - lam[..., 0] * entropy
+    return SampledReading(
+        surprisal_gap=(-logp.gather(1, token)[:, 0] - entropy).float().to(device),
+        varentropy=(p * (logp + entropy[:, None]).square()).sum(-1).float().to(device),
+        cumulant=cumulant.float().to(device),
+        exponents=exponents,
+        present=torch.ones(rows, dtype=torch.bool).to(device),
+    )
+
+
+def probe(device: str = "cpu", *, rows: int = 24, vocabulary: int = 30) -> ProbeReading:
+    """Logits before and after a small change, with what a policy's step knows of the states."""
+    generator = torch.Generator().manual_seed(4)
+    before = torch.randn(rows, vocabulary, generator=generator)
+    direction = 0.01 * torch.randn(rows, vocabulary, generator=generator)
+    logprob = before.log_softmax(-1)[:, 0]
+    return ProbeReading(
+        before=before.to(device),
+        after=(before + direction).to(device),
+        direction=direction.to(device),
+        weight=torch.ones(rows).to(device),
+        token_id=torch.zeros(rows, dtype=torch.long).to(device),
+        position=(torch.arange(rows) % 6).to(device),
+        sequence=(torch.arange(rows) // 6).to(device),
+        sample_ids=[f"sample {i}" for i in range(4)],
+        advantage=torch.randn(rows, generator=generator).to(device),
+        old_logprob=(logprob + 0.1).to(device),
+        clip=(0.2, 0.2),
+    )
+
+
+def router(device: str = "cpu", *, rows: int = 50, experts: int = 8) -> RouterReading:
+    """Two layers."""
+    generator = torch.Generator().manual_seed(5)
+    layers = {f"layers.{i}": torch.randn(rows, experts, generator=generator) for i in range(2)}
+    return RouterReading(
+        logits={name: layer.to(device) for name, layer in layers.items()},
+        present=(torch.arange(rows) < 40).to(device),
+        experts_per_token=2,
     )
 
 
@@ -85,6 +196,11 @@ def _parameters(device: str) -> dict[str, torch.Tensor]:
 
 READINGS: Mapping[str, Callable[..., Any]] = {
     "tokens": tokens,
+    "policy": policy,
+    "rollout": rollout,
+    "sampled": sampled,
+    "probe": probe,
+    "router": router,
     "gradients": gradients,
     "update": update,
     "step": step,

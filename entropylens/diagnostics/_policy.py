@@ -1,0 +1,63 @@
+"""What a policy-gradient loss does with each token: its ratio, whether it is clipped, its pull."""
+
+import torch
+from torch import Tensor
+
+from entropylens.registry import PolicyReading, ProbeReading
+
+__all__ = ["distribution_weight", "is_learnt_from", "log_ratio", "pull", "token_pull"]
+
+
+def log_ratio(reading: PolicyReading) -> Tensor:
+    """``[n]`` log pi(a) - log pi_old(a), as the loss takes it: by token, or a sequence's mean.
+
+    Zero everywhere where the step is on-policy.
+    """
+    tokens = reading.tokens
+    if reading.old_logprob is None:
+        return torch.zeros_like(tokens.logprob)
+    ratio = torch.where(tokens.present, tokens.logprob - reading.old_logprob, 0.0)
+    if reading.ratio_level == "token":
+        return ratio
+    sums = torch.zeros_like(tokens.sequence_tokens, dtype=torch.float64)
+    sums, counts = (
+        sums.index_add(0, tokens.sequence, (part * tokens.weight).double())
+        for part in (ratio, tokens.present)
+    )
+    return (sums / counts)[tokens.sequence].to(ratio.dtype)
+
+
+def is_learnt_from(ratio: Tensor, advantage: Tensor, clip: tuple[float, float] | None) -> Tensor:
+    """Whether the clipped surrogate has a gradient at a token: I_clip, true or false.
+
+    False where ``A > 0`` and ``r > 1 + high``, and where ``A < 0`` and ``r < 1 - low``.
+    """
+    if clip is None:
+        return torch.ones_like(ratio, dtype=torch.bool)
+    low, high = clip
+    above = (advantage > 0) & (ratio > 1 + high)
+    below = (advantage < 0) & (ratio < 1 - low)
+    return ~(above | below)
+
+
+def token_pull(log_ratio: Tensor, advantage: Tensor, clip: tuple[float, float] | None) -> Tensor:
+    """Pull of the loss at a token's logit, up to the step size eta: r A I_clip."""
+    ratio = log_ratio.exp()
+    return torch.where(is_learnt_from(ratio, advantage, clip), ratio * advantage, 0.0)
+
+
+def pull(reading: PolicyReading | ProbeReading) -> Tensor:
+    """`token_pull` of every token of a reading."""
+    if isinstance(reading, PolicyReading):
+        return token_pull(log_ratio(reading), reading.advantage, reading.clip)
+    if reading.advantage is None:
+        raise ValueError("pull: expected a probe of a policy's step, got one without advantages")
+    logprob = reading.before.log_softmax(-1).gather(1, reading.token_id[:, None])[:, 0]
+    old = logprob if reading.old_logprob is None else reading.old_logprob
+    return token_pull(logprob - old, reading.advantage, reading.clip)
+
+
+def distribution_weight(reading: PolicyReading) -> Tensor:
+    """``[n]`` tokens that each row stands for in what needs its whole distribution."""
+    tokens = reading.tokens
+    return tokens.weight if tokens.distribution_weight is None else tokens.distribution_weight
