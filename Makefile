@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test chromium check bench soak docs dictionary format clean
+.PHONY: demo test chromium check bench sample-runs soak docs dictionary format clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ docs: $(READY) ## Build the documentation, warnings as errors
 
 bench: $(READY) ## Run every benchmark at its full size
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+sample-runs: $(READY) ## Train those sample runs that are not finished
+	for run in collapse destroyed adaptive; do \
+	  $(BIN)/python sample_runs/grpo_countdown/train.py --run $$run || exit 1; done
 
 soak: $(READY) ## The long proofs
 	$(BIN)/python -m pytest -m soak tests

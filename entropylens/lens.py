@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from entropylens.budget import MAX_OVERHEAD, Budget
 from entropylens.capture.optimizer import named_optimizers
+from entropylens.capture.policy import PolicyBatch, shown_tokens
 from entropylens.joining import open_writer, place_of, tokens_seen
 from entropylens.records import Phase, check_metric_name
-from entropylens.registry import Block, Scalars, resolve_schedules
+from entropylens.registry import (
+    Block,
+    RolloutReading,
+    Scalars,
+    all_diagnostics,
+    resolve_schedules,
+)
 from entropylens.schedule import Schedule, check_preset
 from entropylens.session import Session
 from entropylens.store.writer import RunWriter
@@ -124,6 +131,7 @@ class Lens:
         schedules = resolve_schedules(chosen, diagnostics or {})
         budget = Budget(max_overhead, rows)
         optimizers = named_optimizers(optimizer)
+        known = all_diagnostics()
         settings = {
             "preset": chosen,
             "schedules": {n: {"every": s.every, "floor": s.floor} for n, s in schedules.items()},
@@ -163,6 +171,8 @@ class Lens:
             for module in ([model] if model is not None else []) if reads is None else reads:
                 self.watch.tap(module)
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
+            if model is not None and any(known[n].reads == "probe" for n in schedules):
+                self.watch.probe(model)
             self.watch.tap_optimizers(optimizers, names)
             undo.pop_all()
         self._unlooked = 0
@@ -223,6 +233,73 @@ class Lens:
             ),
             raises=True,
         )
+
+    def observe_policy(
+        self,
+        *,
+        advantage: Tensor,
+        logprob: Tensor | None = None,
+        entropy: Tensor | None = None,
+        logits: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        loss: Tensor | None = None,
+        sample_id: Sequence[Any] | Tensor | None = None,
+        **known: Any,
+    ) -> None:
+        """Show one micro-batch of a policy's loss, from any loop; call it once for each.
+
+        The tokens' distributions come as ``logits`` with ``token_ids``, which is all that every
+        diagnostic needs, or as ``logprob`` with ``entropy``, at the loss's temperature.
+
+        Args:
+            advantage: ``[B, C]``, or ``[B]`` for all tokens of a sequence.
+            logprob: ``[B, C]`` log-probability of each sampled token, nats.
+            entropy: ``[B, C]`` Shannon entropy of each token's distribution, nats.
+            logits: ``[B, C, V]`` before the temperature.
+            token_ids: ``[B, C]`` what was sampled.
+            mask: ``[B, C]``, true where the loss counts a token.
+            loss: ``[]``, this micro-batch's loss, as in `observe`.
+            sample_id: One identifier for each sequence.
+            **known: What else is known, by the names of
+                `entropylens.capture.policy.PolicyBatch`: ``old_logprob``, ``sampler_logprob``,
+                ``reference_logprob``, ``clip=(low, high)``, ``ratio_level``, ``reward``,
+                ``correct``, ``pass_rate``, ``group``, ``thoughts``, ``answers``,
+                ``is_own_sample``, ...
+
+        Raises:
+            TypeError: In the first step only: a name that `PolicyBatch` does not have.
+            ValueError: In the first step only: shapes do not fit. Later it is a counted fault.
+        """
+        if not self._session.due:
+            return
+
+        def show() -> None:
+            source = shown_tokens(logprob, entropy, logits, token_ids, mask)
+            self.watch.observe_policy(source, PolicyBatch(advantage=advantage, **known), sample_id)
+
+        self._session.aside("observe_policy", show, raises=True)
+        if loss is not None:
+            self.observe(loss=loss)
+
+    def observe_rollout(self, **known: Any) -> None:
+        """Show the completions of one generation before anything shuffles them.
+
+        Args:
+            **known: Fields of `entropylens.registry.RolloutReading`: ``reward`` and ``group_size``
+                for what is told of groups, ``rewards`` by component, ``correct``, ``answer``,
+                ``token_id`` and ``mask`` for lengths and repetition, ``truncated``, ``seconds``.
+
+        Raises:
+            TypeError: In the first step only: a field that `RolloutReading` does not have.
+        """
+        if "rollout" in self._session.due:
+            work = partial(self._show_rollout, known)
+            self._session.aside("observe_rollout", work, raises=True)
+
+    def _show_rollout(self, known: Mapping[str, Any]) -> None:
+        reading = RolloutReading(**known)
+        self.watch.take_rollout(lambda: reading)
 
     def step(
         self,
@@ -319,6 +396,17 @@ class Lens:
     def forward(self, *patterns: str) -> None:
         """Keep the newest values of these metrics for `take_latest`; ``*`` stands for any text."""
         self._session.forward(patterns)
+
+    def follow(self, *, framework_entropy: bool) -> None:
+        """Say whether the entropy that a trainer logs is to be compared with ours, step by step.
+
+        Args:
+            framework_entropy: True only where each ``framework/entropy`` is the mean of one step,
+                logged at that step, and one process trains: an average over a logging interval or
+                over ranks is another number.
+        """
+        if self._session.followers is not None:
+            self._session.followers.checks_framework_entropy = framework_entropy
 
     def take_latest(self) -> dict[str, float]:
         """What `forward` asked for and has come since the last call, for another logger.

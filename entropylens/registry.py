@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from entropylens.dictionary import Metric
 from entropylens.errors import unknown_name
+from entropylens.rules import entropy_law, forecast
 from entropylens.schedule import PRESETS, Schedule
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ __all__ = [
     "Block",
     "Diagnostic",
     "GradientReading",
+    "Lists",
     "Lookup",
     "Metric",
     "OptimizerReading",
     "PolicyReading",
+    "PreferenceReading",
     "ProbeReading",
     "RolloutReading",
     "RouterReading",
@@ -65,13 +68,23 @@ class Scalars:
 
 
 @dataclass(frozen=True)
+class Lists:
+    """A column of lists: row i is ``values[i]`` where ``present[i]``."""
+
+    values: Tensor
+    """``[rows, width]``"""
+    present: Tensor
+    """``[rows, width]`` bool."""
+
+
+@dataclass(frozen=True)
 class Block:
     """Rows of one table as columns, still on the device.
 
     Args:
         table: A table of the log (`entropylens.records.SCHEMAS`).
-        columns: Column name to a 1-d tensor, a sequence of that length, a `Lookup`, `Scalars`, or a
-            scalar for all rows.
+        columns: Column name to a 1-d tensor, a sequence of that length, a `Lookup`, `Lists`,
+            `Scalars`, or a scalar for all rows.
             A boolean tensor under ``present`` keeps only the rows where it is true; a metric whose
             ``weight`` is 0 was not measured and is not written.
     """
@@ -194,6 +207,10 @@ class PolicyReading:
     group: Tensor | None = None
     """``[sequences]`` index of the prompt that the sequence answers. A group may be here in part:
     trainers shuffle; what needs whole groups reads a `RolloutReading`."""
+    prompts: Sequence[str] | None = None
+    """Text of each sequence's prompt, where the run keeps text."""
+    completions: Sequence[str] | None = None
+    """Text of each sequence, where the run keeps text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +241,32 @@ class RolloutReading:
     """``[m]`` bool: the completion reached the length limit without an end."""
     seconds: float | None = None
     """Wall time of generating and scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceReading:
+    """Sequences that one optimiser step learns a preference from, ``n`` in number.
+
+    All micro-batches together; what one of them lacks is None.
+    """
+
+    chosen: Tensor
+    """``[n]`` bool: the sequence is the preferred one, or a desirable one."""
+    paired: bool
+    """Rows are halves, the chosen and then the rejected ones: row i and row n/2 + i answer the same
+    prompt."""
+    logprob: Tensor | None = None
+    """``[n]`` log-probability of the sequence, summed over its scored tokens, nats."""
+    reference_logprob: Tensor | None = None
+    """``[n]`` the same under the reference policy."""
+    entropy: Tensor | None = None
+    """``[n]`` entropies of its scored tokens, summed, nats."""
+    tokens: Tensor | None = None
+    """``[n]`` how many scored tokens it has."""
+    reward: Tensor | None = None
+    """``[n]`` what a reward model gives it."""
+    margin: Tensor | None = None
+    """``[n/2]`` by how much the chosen one is to exceed the rejected one, where the data says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +400,7 @@ READINGS: Final[Mapping[str, type]] = {
     "tokens": TokenReading,
     "policy": PolicyReading,
     "rollout": RolloutReading,
+    "preference": PreferenceReading,
     "sampled": SampledReading,
     "probe": ProbeReading,
     "router": RouterReading,
@@ -518,10 +562,12 @@ def write_dictionary(path: Path | None = None) -> None:
     Args:
         path: By default ``entropylens/dictionary.json`` beside this file.
     """
+    writers = {found.name: found.metrics for found in all_diagnostics().values()}
+    writers |= {"entropy_law": entropy_law.METRICS, "forecast": forecast.METRICS}
     metrics = {
-        name: {**asdict(metric), "diagnostic": found.name}
-        for found in all_diagnostics().values()
-        for name, metric in found.metrics.items()
+        name: {**asdict(metric), "diagnostic": writer}
+        for writer, defined in writers.items()
+        for name, metric in defined.items()
     }
     text = json.dumps({"metrics": dict(sorted(metrics.items()))}, indent=1, ensure_ascii=False)
     (path or Path(__file__).with_name("dictionary.json")).write_text(text + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +14,7 @@ import torch
 
 from entropylens.budget import Budget
 from entropylens.capture.device import DeviceClock
+from entropylens.following import Followers
 from entropylens.registry import Block, Diagnostic, all_diagnostics
 from entropylens.schedule import Schedule
 from entropylens.store.writer import RunWriter
@@ -59,12 +61,14 @@ class Session:
         self.wakes_at = 0.0
         """On the clock of `time.perf_counter`: from then on a step in which nothing is due must be
         ended all the same, because rows wait to be flushed or the cost to be reviewed."""
+        self.followers = Followers() if writer.rank == 0 else None
+        """Laws and forecasts of the numbers delivered here; of rank 0's alone."""
         self._schedules = {known[name].name: schedule for name, schedule in schedules.items()}
         self._diagnostics = {name: known[name] for name in schedules}
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
         self._decided, self._next_due, self._unlooked = -1, -1, 0
         self._transfer = Transfer(self._deliver)
-        self._measured: list[tuple[str, Block]] = []
+        self._measured: list[tuple[str, Block, str | None]] = []
         self._flushed = perf_counter()
         self._decode = decode
         self._texts: dict[int, str | None] = {}
@@ -149,10 +153,13 @@ class Session:
                 self._is_aside = False
                 self.budget.spend(perf_counter() - started)
 
-    def measure(self, reads: str, take_reading: Callable[[], Any]) -> None:
+    def measure(
+        self, reads: str, take_reading: Callable[[], Any], phase: str | None = None
+    ) -> None:
         """Measure what is due on a reading; what raises is left out and does not stop the rest.
 
-        The rows bear the number of the step in progress, which `end_step` tells.
+        The rows bear the number of the step in progress, which `end_step` tells, and its phase
+        unless one is given.
         """
         due = self.due.get(reads)
         if not due:
@@ -169,7 +176,7 @@ class Session:
             except Exception as error:
                 self.writer.fault(f"diagnostic {found.name}", error)
                 continue
-            self._measured += [(found.name, block) for block in blocks]
+            self._measured += [(found.name, block, phase) for block in blocks]
         self.clock.stop()
 
     # -- to the log --------------------------------------------------------------------------
@@ -190,9 +197,9 @@ class Session:
         self._unlooked = 0
         self.writer.step = stamp.step
         measured, self._measured = self._measured, []
-        for name, block in measured:
+        for name, block, phase in measured:
             try:
-                self._transfer.add(block, stamp)
+                self._transfer.add(block, replace(stamp, phase=phase) if phase else stamp)
             except TypeError as error:
                 self.writer.fault(f"diagnostic {name}", error)
         self._review(stamp.step, slots)
@@ -243,6 +250,23 @@ class Session:
         if table == "metrics" and self._forwarded:
             self._remember(columns)
         self.writer.write(table, columns)
+        if table == "metrics" and self.followers is not None:
+            self._follow(self.followers, columns)
+
+    def _follow(self, followers: Followers, columns: Mapping[str, Any]) -> None:
+        try:
+            found = followers.follow(columns)
+        except Exception as error:
+            self.writer.fault("following", error)
+            return
+        if found.metrics:
+            names, values = list(found.metrics), list(found.metrics.values())
+            rows = {"name": names, "value": values, "module": "", "phase": "train"}
+            if self._forwarded:
+                self._remember(rows)
+            self.writer.write("metrics", {**rows, "step": found.step})
+        for event in found.events:
+            self.writer.event(**event)
 
     def _text(self, token: int) -> str | None:
         if token not in self._texts and self._decode is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropylens.registry import Block, Lookup, Scalars
+from entropylens.registry import Block, Lists, Lookup, Scalars
 
 __all__ = ["Stamp", "Transfer"]
 
@@ -140,6 +140,10 @@ class _Flight:
             return [self._host[id(v)][0] if isinstance(v, Tensor) else v for v in value.values]
         if isinstance(value, Lookup):
             return [value.values[i] for i in self._host[id(value.index)]]
+        if isinstance(value, Lists):
+            shape = value.values.shape
+            rows, kept = (self._host[id(t)].reshape(shape) for t in (value.values, value.present))
+            return [row[keep] for row, keep in zip(rows, kept, strict=True)]
         return value
 
 
@@ -157,6 +161,8 @@ def _tensors(block: Block) -> Iterator[Tensor]:
             yield from (v for v in value.values if isinstance(v, Tensor))
         elif isinstance(value, Lookup):
             yield value.index
+        elif isinstance(value, Lists):
+            yield from (value.values, value.present)
 
 
 def _kind(tensor: Tensor) -> tuple[str, str]:

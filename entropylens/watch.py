@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 from typing import Any, Final
 
@@ -15,15 +15,31 @@ from entropylens.capture.device import allocated_bytes, resident_bytes
 from entropylens.capture.forward import Forward, ModelTap
 from entropylens.capture.micro_batches import MicroBatches, identifiers
 from entropylens.capture.optimizer import OptimizerTap
+from entropylens.capture.policy import PolicyBatch
+from entropylens.capture.probe import UpdateProbe
+from entropylens.capture.router import RouterTap
 from entropylens.capture.tokens import LogitTokens, TokenSource
 from entropylens.records import Phase
-from entropylens.registry import Block, GradientReading, OptimizerReading, StepReading
+from entropylens.registry import (
+    Block,
+    GradientReading,
+    OptimizerReading,
+    PreferenceReading,
+    RolloutReading,
+    RouterReading,
+    StepReading,
+    UpdateReading,
+)
 from entropylens.session import Session
 from entropylens.transfer import Stamp
 
 __all__ = ["Watch"]
 
 _LEAST_ROWS: Final = 16
+_SAMPLED_ROWS: Final = 256
+"""Tokens a micro-batch whose whole distributions are asked how surprising they should be."""
+_OF_TOKENS: Final = frozenset(("tokens", "policy"))
+"""Readings that need the tokens measured."""
 _MOST_UNSEEN: Final = 1000
 """Steps without a call of the optimiser, before its first, that are remembered as skipped."""
 
@@ -55,12 +71,15 @@ class Watch:
         """Whether losses in the model's output are taken: until one is shown by hand."""
         self.next_sample_ids: Sequence[Any] | None = None
         self.next_labels: Tensor | None = None
+        self.next_policy: PolicyBatch | None = None
+        """What the trainer knows of the coming forward's tokens, where it trains a policy."""
         self.phase = Phase.TRAIN
         self.tokens_seen: Tensor | None = torch.tensor(0)
         """Scored tokens since the run began; None once a step was not counted."""
         self._session, self._device = session, device
         self._temperature, self._seed = temperature, seed
         self._taps: list[ModelTap | CriterionTap] = []
+        self._routers: list[RouterTap] = []
         self._optimizers: dict[str, OptimizerTap] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seeded: set[torch.device] = set()
@@ -70,6 +89,7 @@ class Watch:
         self._reader: object = None
         """The tap whose tokens are taken: the first that showed any."""
         self._silent_steps = 0
+        self._probe: UpdateProbe | None = None
         self._is_shown = False
         self._number = 0
         self._open = MicroBatches()
@@ -82,6 +102,13 @@ class Watch:
             self._taps.append(CriterionTap(module, self, self._session.aside))
         else:
             self._taps.append(ModelTap(module, self, self._session.aside))
+            if RouterTap.suits(module):
+                self._routers.append(RouterTap(module, self, self._session.aside))
+
+    def probe(self, model: nn.Module) -> None:
+        """Ask a model what updates do to its distributions, if it is one that can be asked."""
+        if UpdateProbe.suits(model):
+            self._probe = UpdateProbe(model)
 
     def tap_optimizers(
         self, optimizers: Mapping[str, Optimizer], parameter_names: dict[int, str]
@@ -94,6 +121,9 @@ class Watch:
     def remove(self) -> None:
         """Take all hooks out."""
         self._remove_taps()
+        for router in self._routers:
+            router.remove()
+        self._routers.clear()
         for tap in self._optimizers.values():
             tap.remove()
         self._optimizers.clear()
@@ -113,6 +143,32 @@ class Watch:
     def take(self, reads: str, reading: Any) -> None:
         """Measure a reading of the step in progress."""
         self._session.measure(reads, lambda: reading)
+        if isinstance(reading, UpdateReading) and len(self._optimizers) == 1:
+            self._take_probe(reading)
+
+    def _take_probe(self, update: UpdateReading) -> None:
+        probe, before, after = self._probe, update.before, update.after
+        if probe is not None and not probe.is_empty:
+            self._session.measure("probe", lambda: probe.reading(before, after, self._temperature))
+
+    def take_rollout(self, take_reading: Callable[[], RolloutReading]) -> None:
+        """Measure completions that were generated for the step in progress, with phase rollout."""
+        self._session.measure("rollout", take_reading, Phase.ROLLOUT)
+
+    def take_preference(self, reading: PreferenceReading) -> None:
+        """Take the preferences of one micro-batch; they are measured when the step ends."""
+        if "preference" in self.due:
+            self._open.preferences.append(reading)
+
+    @property
+    def wants_routers(self) -> bool:
+        """Whether routers' decisions are due, and none were taken in the step in progress."""
+        return "router" in self.due and not self._open.is_routed and self.phase is Phase.TRAIN
+
+    def take_routers(self, reading: RouterReading) -> None:
+        """Measure what the routers decided in one training forward: the first of a step."""
+        self._open.is_routed = True
+        self.take("router", reading)
 
     def take_forward(self, forward: Forward) -> None:
         """Take a training forward that a tap saw, unless the loop shows its own logits."""
@@ -122,8 +178,9 @@ class Watch:
             self._open.add_loss(forward.loss, is_sum=forward.loss_is_sum)
         if forward.tokens is not None and self._reader in (None, forward.tap):
             self._reader = forward.tap
-            ids, self.next_sample_ids, self.next_labels = self.next_sample_ids, None, None
-            self._take_tokens(forward.tokens, ids)
+            ids, policy = self.next_sample_ids, self.next_policy
+            self.next_sample_ids = self.next_labels = self.next_policy = None
+            self._take_tokens(forward.tokens, ids, policy, forward.inputs)
 
     def take_gradient_norm(self, norm: Tensor | float | None, optimizer: str = "") -> None:
         """Remember an optimiser's norm before clipping."""
@@ -187,6 +244,15 @@ class Watch:
             mask = None if mask is None else mask[:, 1:]
         self._take_tokens(LogitTokens.of(logits.detach(), targets.detach(), mask), sample_id)
 
+    def observe_policy(
+        self, source: TokenSource, policy: PolicyBatch, sample_id: Sequence[Any] | Tensor | None
+    ) -> None:
+        """Take one micro-batch of a policy shown by hand, instead of what the model shows."""
+        if not self._is_shown:
+            self._is_shown = True
+            self._open.drop_tokens()
+        self._take_tokens(source, sample_id, policy)
+
     def _show_loss(self, loss: Tensor, is_sum: bool, optimizer: str) -> None:
         if self.reads_loss:
             self.reads_loss = False
@@ -194,18 +260,39 @@ class Watch:
         if "step" in self.due:
             self._open.add_loss(loss, is_sum=is_sum, optimizer=optimizer)
 
-    def _take_tokens(self, source: TokenSource, sample_id: Sequence[Any] | Tensor | None) -> None:
-        ids = identifiers(sample_id)
+    def _take_tokens(
+        self,
+        source: TokenSource,
+        sample_id: Sequence[Any] | Tensor | None,
+        policy: PolicyBatch | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        ids, due = identifiers(sample_id), self.due.keys()
         self._session.clock.start()
+        if policy is not None:
+            policy.check(source.grid.shape[0])
+            source = policy.narrow(source)
         self._open.count(source)
-        if "tokens" in self.due:
+        generator = self._generator(source.grid.present.device)
+        temperature = self._temperature
+        if due & _OF_TOKENS:
             rows = self._session.budget.rows
             if rows is not None:
                 rows = max(rows // self._micro_batches, _LEAST_ROWS)
-            generator = self._generator(source.grid.present.device)
             self._open.measure(
-                source, ids, rows=rows, generator=generator, temperature=self._temperature
+                source,
+                ids,
+                rows=rows,
+                generator=generator,
+                temperature=temperature,
+                policy=policy,
             )
+        if "sampled" in due and policy is not None and policy.is_own_sample:
+            self._open.sample(
+                source, rows=_SAMPLED_ROWS, generator=generator, temperature=temperature
+            )
+        if "probe" in due and inputs and self._probe is not None and self._probe.is_empty:
+            self._probe.keep(inputs, source, policy, ids, generator)
         self._session.clock.stop()
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -222,7 +309,9 @@ class Watch:
         """Begin an optimiser step."""
         self._session.begin_step(number)
         self._open = MicroBatches()
-        self.next_sample_ids = self.next_labels = None
+        self.next_sample_ids = self.next_labels = self.next_policy = None
+        if self._probe is not None:
+            self._probe.clear()
         self._restart(number)
 
     def pass_step(self, number: int) -> None:
@@ -261,8 +350,14 @@ class Watch:
             if opened.measured:
                 self._micro_batches = opened.measured
                 session.measure("tokens", opened.reading)
+                if opened.is_policy:
+                    session.measure("policy", opened.policy_reading)
             elif "tokens" in session.due:
                 self._note_silence(stamp)
+            if opened.has_samples:
+                session.measure("sampled", opened.sampled_reading)
+            if opened.preferences:
+                session.measure("preference", opened.preference_reading)
             self.take_gradient_norm(gradient_norm)
             session.measure("step", lambda: self._step_reading(loss, seconds))
         finally:

@@ -9,6 +9,7 @@ from entropylens.registry import (
     GradientReading,
     OptimizerReading,
     PolicyReading,
+    PreferenceReading,
     ProbeReading,
     RolloutReading,
     RouterReading,
@@ -77,6 +78,8 @@ def policy(device: str = "cpu", *, rows: int = 8, columns: int = 40) -> PolicyRe
         correct=correct.to(device),
         pass_rate=torch.linspace(0, 1, rows).to(device),
         group=(torch.arange(rows) // 4).to(device),
+        prompts=[f"prompt {i // 4}" for i in range(rows)],
+        completions=[f"completion {i}" for i in range(rows)],
     )
 
 
@@ -101,6 +104,23 @@ def rollout(device: str = "cpu", *, groups: int = 3, size: int = 4) -> RolloutRe
         mask=(places < length[:, None]).to(device),
         truncated=(length == 9).to(device),
         seconds=1.5,
+    )
+
+
+def preference(device: str = "cpu", *, pairs: int = 6) -> PreferenceReading:
+    """Pairs with everything that may be known of them; no trainer knows rewards as well."""
+    generator = torch.Generator().manual_seed(6)
+    n = 2 * pairs
+    logprob, shift, reward = torch.randn(3, n, generator=generator)
+    return PreferenceReading(
+        chosen=(torch.arange(n) < pairs).to(device),
+        paired=True,
+        logprob=(logprob - 20).to(device),
+        reference_logprob=(logprob - 20 + shift).to(device),
+        entropy=torch.rand(n, generator=generator).mul(30).to(device),
+        tokens=(torch.arange(n) % 5 + 8).to(device),
+        reward=reward.to(device),
+        margin=torch.rand(pairs, generator=generator).to(device),
     )
 
 
@@ -198,6 +218,7 @@ READINGS: Mapping[str, Callable[..., Any]] = {
     "tokens": tokens,
     "policy": policy,
     "rollout": rollout,
+    "preference": preference,
     "sampled": sampled,
     "probe": probe,
     "router": router,

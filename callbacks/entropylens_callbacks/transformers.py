@@ -12,13 +12,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import integration_utils
 
 import entropylens as el
+from entropylens.capture.policy import PolicyBatch
 from entropylens_callbacks import HEADLINES, is_number, loggable
+from entropylens_callbacks.preferences import PreferenceWatch
 from entropylens_callbacks.samples import (
     check_names,
     name_samples,
     take_names,
     without_names,
 )
+from entropylens_callbacks.trl import PolicyWatch, RolloutOptions
 
 __all__ = ["EntropyLensCallback", "attach"]
 
@@ -43,10 +46,13 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             the row number. None leaves samples numbered within their step.
         forward: Metrics to pass on to the trainer's other loggers as ``entropylens/NAME``, ``*``
             standing for any text.
+        rollouts: Of a trainer that generates completions (GRPO, RLOO): which are correct, where
+            their thinking ends, whether text is kept.
         **lens: Other arguments of `entropylens.Lens`: ``preset``, ``max_overhead``, ...
 
     Raises:
-        ValueError: When it joins a trainer: its training set has no such column.
+        ValueError: When it joins a trainer: its training set has no such column, or no reward
+            function has the name that ``rollouts`` gives.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         *,
         sample_id: str | None = None,
         forward: Sequence[str] = HEADLINES,
+        rollouts: RolloutOptions | None = None,
         **lens: Any,
     ) -> None:
         self.run_dir = run_dir
@@ -62,6 +69,9 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         self.lens: el.Lens | None = None
         self.trainer: Trainer | None = None
         self._sample_id, self._forward = sample_id, tuple(forward)
+        self._rollouts = rollouts or RolloutOptions()
+        self._policy: PolicyWatch | None = None
+        self._preferences: PreferenceWatch | None = None
         self._resumes_from: str | None = None
         self._names_samples = False
 
@@ -71,6 +81,13 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         self._names_samples = self._sample_id is not None
         if self._sample_id is not None:
             check_names(trainer, self._sample_id)
+        if PolicyWatch.suits(trainer):
+            self._policy = PolicyWatch(trainer, self._rollouts)
+            self._policy.join(self)
+            if self._policy.missing:
+                log.warning("entropylens: %s", self._policy.complaint)
+        if PreferenceWatch.suits(trainer):
+            self._preferences = PreferenceWatch(trainer)
         callbacks = trainer.callback_handler.callbacks
         # What is added to a log reaches only the callbacks behind.
         callbacks[:] = [self, *(c for c in callbacks if c is not self)]
@@ -89,6 +106,8 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
 
     def close(self, state: str = "finished", reason: str = "") -> None:
         """End the run's log and take the hooks out of the model and the optimiser."""
+        if self._preferences is not None:
+            self._preferences.close()
         if self.lens is not None:
             self.lens.close(state, reason)
             self.lens = None
@@ -128,6 +147,27 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.lens.watch.reads_loss = self.trainer is None
         self.lens.forward(*self._forward)
+        is_one_step = args.logging_steps == args.gradient_accumulation_steps == args.world_size == 1
+        self.lens.follow(framework_entropy=is_one_step)
+        if self._policy is not None and self._policy.missing:
+            self.lens.event("capture", self._policy.complaint, severity="warning")
+        if self._preferences is not None:
+            self._preferences.open(self.lens, _called(self.trainer, kwargs["model"]))
+
+    def policy_batch(self, inputs: Any) -> PolicyBatch | None:
+        """What a policy is about to learn from; None for any other trainer."""
+        known = self._policy is not None and isinstance(inputs, Mapping)
+        return self._policy.batch(inputs) if known and self._policy is not None else None
+
+    def begin_loss(self, inputs: Any) -> None:
+        """Look at the forwards of a loss that compares sequences."""
+        if self._preferences is not None:
+            self._preferences.begin(inputs)
+
+    def end_loss(self) -> None:
+        """Take what the forwards of such a loss showed."""
+        if self._preferences is not None:
+            self._preferences.end()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Measure the optimiser step that just ended."""
@@ -185,6 +225,7 @@ def attach(
     *,
     sample_id: str | None = None,
     forward: Sequence[str] = HEADLINES,
+    rollouts: RolloutOptions | None = None,
     **lens: Any,
 ) -> EntropyLensCallback:
     """Let a Lens watch ``trainer``: one line before ``trainer.train()``.
@@ -196,6 +237,8 @@ def attach(
             the row number. None leaves samples numbered within their step.
         forward: Metrics to pass on to the trainer's other loggers as ``entropylens/NAME``, ``*``
             standing for any text.
+        rollouts: Of a trainer that generates completions (GRPO, RLOO): which are correct, where
+            their thinking ends, whether text is kept.
         **lens: Other arguments of `entropylens.Lens`: ``preset``, ``max_overhead``, ...
 
     Returns:
@@ -204,7 +247,9 @@ def attach(
     Raises:
         ValueError: The trainer has one already, or its training set has no such column.
     """
-    callback = EntropyLensCallback(run_dir, sample_id=sample_id, forward=forward, **lens)
+    callback = EntropyLensCallback(
+        run_dir, sample_id=sample_id, forward=forward, rollouts=rollouts, **lens
+    )
     _refuse_second(trainer, callback)
     callback.join(trainer)
     return callback
@@ -254,8 +299,13 @@ def _watched_loss(compute_loss: Callable[..., Any], callback: EntropyLensCallbac
         lens.watch.next_sample_ids = names
         # Label smoothing and a loss function of the user's own keep the labels from the model.
         lens.watch.next_labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        lens.aside(
+            "policy", lambda: setattr(lens.watch, "next_policy", callback.policy_batch(inputs))
+        )
+        lens.aside("preferences", lambda: callback.begin_loss(inputs))
         result = compute_loss(model, inputs, *args, **kwargs)
-        lens.watch.next_sample_ids = lens.watch.next_labels = None
+        lens.aside("preferences", callback.end_loss)
+        lens.watch.next_sample_ids = lens.watch.next_labels = lens.watch.next_policy = None
         loss = result[0] if isinstance(result, tuple) else result
         has_items = kwargs.get("num_items_in_batch") is not None
         lens.observe(loss=loss, loss_is_sum=_is_share(callback.trainer, has_items))

@@ -7,6 +7,11 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from entropylens.analysis.entropy_law import (
+    EntropyAndReward,
+    law_sentences,
+    read_entropy_law,
+)
 from entropylens.analysis.spikes import Jump, Spike, find_jumps, find_spikes
 from entropylens.analysis.tokens import TokenChange, changed_tokens, worst_samples
 from entropylens.store.query import series
@@ -55,6 +60,8 @@ class Overview:
     samples: list[dict[str, object]] = field(default_factory=list)
     """Highest-loss samples around the worst spike, or of the last steps."""
     events: list[dict[str, object]] = field(default_factory=list)
+    policy: EntropyAndReward | None = None
+    """Of a run that has a reward."""
 
     @property
     def worst(self) -> Spike | None:
@@ -107,6 +114,7 @@ def read_overview(run: Run) -> Overview:
         tokens=[] if compared is None or tokens.empty else changed_tokens(tokens, *compared),
         samples=worst_samples(run.samples().to_pandas(), around),
         events=run.events().to_arrow().to_pylist(),
+        policy=read_entropy_law(curves, read_curves(run, "rollout")),
     )
 
 
@@ -120,6 +128,7 @@ def sentences(found: Overview) -> list[str]:
         One sentence or two each.
     """
     said = [_course(found), *_losses(found), *map(str, _causes(found)), *_entropies(found)]
+    said += [] if found.policy is None else law_sentences(found.policy)
     said += [*_clipping(found), *_own_cost(found), *_faults(found)]
     return [sentence for sentence in said if sentence]
 

@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 import entropylens
+from entropylens.analysis.entropy_law import law_figures, law_sentences, score_rows
 from entropylens.analysis.overview import (
     Overview,
     number,
@@ -35,8 +36,9 @@ _SHOWN: Final = ("question", "formula", "unit", "estimator", "high", "low", "sou
 def write_report(run: Run, path: str | Path) -> Path:
     """Write the report of a run: one HTML file that opens offline, in light and dark.
 
-    Loss, entropy band, learning rate, gradient norm, throughput, what happened in sentences, the
-    tokens that changed most, the highest-loss samples, and the log's events.
+    Loss, entropy band, learning rate, gradient norm, throughput, what happened in sentences, what
+    the reward owes to the entropy, the tokens that changed most, the highest-loss samples, and the
+    log's events.
 
     Args:
         run: Finished or still being written.
@@ -47,19 +49,20 @@ def write_report(run: Run, path: str | Path) -> Path:
     """
     found = read_overview(run)
     figures = dict(_figures(found))
+    laws = {} if found.policy is None else law_figures(found.policy)
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{run.name}: entropylens report"),
         name=escape(run.name),
         state=escape(found.state),
         facts=_facts(found),
         sentences="".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(found)),
-        sections="\n".join([*_pictures(figures), *_tables(found)]),
+        sections="\n".join([*_pictures(figures), *_policy(found, laws), *_tables(found)]),
         footer=escape(
             f"Written by entropylens {entropylens.__version__} from {run.path} "
             f"(run {run.run_id[:8]}). Everything on this page is in the log beside it."
         ),
         plotly=get_plotlyjs(),
-        figures=_as_script({key: figure for key, (_, _, figure) in figures.items()}),
+        figures=_as_script({key: figure for key, (_, _, figure) in figures.items()} | laws),
     )
     target = Path(path)
     write_atomically(target, page.encode("utf-8", "replace"))
@@ -126,6 +129,24 @@ def _pictures(figures: Mapping[str, Picture]) -> Iterator[str]:
             f'<section><h2>{escape(title)}</h2><figure><div class="plot" id="{key}"></div></figure>'
             f"{_explained(names)}</section>"
         )
+
+
+def _policy(found: Overview, laws: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    if found.policy is None:
+        return
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in law_sentences(found.policy))
+    plots = "".join(f'<figure><div class="plot" id="{key}"></div></figure>' for key in laws)
+    yield f"<section><h2>Entropy and reward</h2>{said}{plots}</section>"
+    heads = ["known", "forecast", "interval", "happened", "inside", "error (steps)"]
+    heads += ["if it stayed as it was", "by a straight line"]
+    rows = [[escape(cell) for cell in row] for row in score_rows(found.policy)]
+    if rows:
+        note = (
+            "The run replayed: when would entropy have been expected to fall below 0.1 nats, from "
+            "what was known then? Errors in steps, counted up to the end of the run; the last two "
+            "columns are the errors of rivals that know less."
+        )
+        yield _table("Forecasts of the end of entropy", note, heads, rows)
 
 
 def _explained(names: Sequence[str]) -> str:

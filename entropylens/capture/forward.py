@@ -27,6 +27,8 @@ class Forward:
     tokens: TokenSource | None
     loss_is_sum: bool
     """The loss is this micro-batch's share of the step's sum, not a mean of its own."""
+    inputs: Mapping[str, Any]
+    """The model's arguments by name."""
 
 
 class ForwardEvents(Protocol):
@@ -91,7 +93,7 @@ class ModelTap:
             self._guard("forward hook", lambda: self._read(kwargs, output))
 
     def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        if "tokens" in self._events.due and torch.is_grad_enabled() and not in_backward():
+        if self._events.due and torch.is_grad_enabled() and not in_backward():
             self._guard("backbone hook", lambda: self._keep_hidden(output))
 
     def _keep_hidden(self, output: Any) -> None:
@@ -112,6 +114,7 @@ class ModelTap:
                 loss=None if loss is None else loss.detach(),
                 tokens=tokens,
                 loss_is_sum=kwargs.get("num_items_in_batch") is not None,
+                inputs=kwargs,
             )
         )
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Head", "backbone_of", "bare", "head_of", "vocabulary_of"]
+__all__ = ["Head", "backbone_of", "bare", "head_of", "head_settings", "vocabulary_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,18 @@ class Head:
     soft_cap: float | None = None
     """c, as in Gemma 2; None is no cap."""
     logit_scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[..., V]`` of hidden states ``[..., d]``.
+
+        The product is taken in the dtype of ``hidden``, as the model's own head does.
+        """
+        product = hidden @ self.weight.to(hidden.dtype).mT
+        product = product if self.bias is None else product + self.bias
+        product = product.float() * self.logit_scale
+        if self.soft_cap is None:
+            return product
+        return torch.tanh(product / self.soft_cap) * self.soft_cap
 
 
 def bare(model: nn.Module) -> Any:
@@ -52,13 +65,19 @@ def head_of(model: nn.Module) -> Head | None:
         return None
     if hasattr(weight, "placements"):
         return None
-    bias, config = getattr(embeddings, "bias", None), _text_config(base)
+    bias, (scale, cap) = getattr(embeddings, "bias", None), head_settings(model)
     return Head(
         weight=weight.detach(),
         bias=bias.detach() if isinstance(bias, Tensor) else None,
-        soft_cap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=_logit_scale(config),
+        soft_cap=cap,
+        logit_scale=scale,
     )
+
+
+def head_settings(model: nn.Module) -> tuple[float, float | None]:
+    """Logit scale and soft cap of the model's head, by its configuration."""
+    config = _text_config(bare(model))
+    return _logit_scale(config), getattr(config, "final_logit_softcapping", None)
 
 
 def vocabulary_of(model: nn.Module) -> int:

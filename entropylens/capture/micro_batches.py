@@ -2,15 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from entropylens.capture.tokens import TokenSlice, TokenSource, join_slices
-from entropylens.registry import TokenReading
+from entropylens.capture.policy import PolicyBatch, join_policies
+from entropylens.capture.tokens import Grid, TokenSlice, TokenSource, choose, join_slices
+from entropylens.diagnostics.surprisal_gap_test import EXPONENTS, surprisal_cumulants
+from entropylens.registry import (
+    PolicyReading,
+    PreferenceReading,
+    SampledReading,
+    TokenReading,
+)
 
 __all__ = ["MicroBatches", "identifiers"]
+
+_OF_SEQUENCES: Final = ("logprob", "reference_logprob", "entropy", "tokens", "reward")
 
 
 @dataclass
@@ -22,9 +31,17 @@ class MicroBatches:
     """Positions, scored or not: known from shapes, without asking the device."""
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     """By optimiser; under the empty name those that the whole step follows."""
+    preferences: list[PreferenceReading] = field(default_factory=list)
+    """Of each micro-batch, where a trainer learns preferences."""
+    is_routed: bool = False
+    """What routers of a mixture of experts decided was measured."""
     _summed: set[str] = field(default_factory=set)
     _slices: list[TokenSlice] = field(default_factory=list)
     _sample_ids: list[Sequence[str] | None] = field(default_factory=list)
+    _policies: list[PolicyBatch | None] = field(default_factory=list)
+    _shapes: list[tuple[int, int]] = field(default_factory=list)
+    _sampled: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _reading: TokenReading | None = None
 
     def add_loss(self, loss: Tensor, *, is_sum: bool, optimizer: str = "") -> None:
         """Keep a copy of a micro-batch's loss, which trainers go on to scale in place."""
@@ -46,11 +63,30 @@ class MicroBatches:
         rows: int | None,
         generator: torch.Generator,
         temperature: float,
+        policy: PolicyBatch | None = None,
     ) -> None:
         """Measure a micro-batch's tokens, or a sample of them."""
         self._slices.append(source.measure(rows, generator, temperature))
+        self._policies.append(policy)
+        self._shapes.append(source.grid.shape)
         known = sample_ids is not None and len(sample_ids) == source.grid.shape[0]
         self._sample_ids.append(sample_ids if known else None)
+
+    def sample(
+        self, source: TokenSource, *, rows: int, generator: torch.Generator, temperature: float
+    ) -> None:
+        """Measure how surprising tokens are that the policy drew itself, in the order of time."""
+        grid: Grid = source.grid
+        chosen = choose(grid, rows, generator).index.sort().values
+        logits = source.logits_at(chosen)
+        if logits is None:
+            return
+        present = grid.present.flatten()[chosen]
+        token = grid.targets.flatten()[chosen].clamp(0, logits.shape[1] - 1)
+        entropy, varentropy, cumulant = surprisal_cumulants(logits, EXPONENTS, temperature)
+        scaled = logits / temperature
+        logprob = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(1)
+        self._sampled.append((-logprob - entropy, varentropy, cumulant, present))
 
     def name_last(self, sample_ids: Sequence[str] | None) -> None:
         """Name the samples of the micro-batch measured last, unless it has names."""
@@ -63,6 +99,7 @@ class MicroBatches:
         """Forget tokens that a hook read before the loop began to show its own."""
         self.tokens, self.slots = None, 0
         self._slices, self._sample_ids = [], []
+        self._policies, self._shapes, self._sampled = [], [], []
 
     @property
     def measured(self) -> int:
@@ -71,7 +108,45 @@ class MicroBatches:
 
     def reading(self) -> TokenReading:
         """All measured tokens of the step; there must be a measured micro-batch."""
-        return join_slices(self._slices, self._sample_ids)
+        if self._reading is None:
+            self._reading = join_slices(self._slices, self._sample_ids)
+        return self._reading
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether it is known of every micro-batch what a policy learns from its tokens."""
+        return bool(self._policies) and all(policy is not None for policy in self._policies)
+
+    def policy_reading(self) -> PolicyReading:
+        """The measured tokens with what a policy learns from them; `is_policy` must hold."""
+        batches = [
+            (policy, part, shape)
+            for policy, part, shape in zip(self._policies, self._slices, self._shapes, strict=True)
+            if policy is not None
+        ]
+        return join_policies(self.reading(), batches)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether `sample` measured any."""
+        return bool(self._sampled)
+
+    def sampled_reading(self) -> SampledReading:
+        """What `sample` measured, one micro-batch after the other."""
+        gap, varentropy, cumulant, present = (
+            torch.cat(parts, -1) for parts in zip(*self._sampled, strict=True)
+        )
+        return SampledReading(
+            surprisal_gap=gap,
+            varentropy=varentropy,
+            cumulant=cumulant,
+            exponents=EXPONENTS,
+            present=present,
+        )
+
+    def preference_reading(self) -> PreferenceReading:
+        """All sequences whose preferences the step learns; there must be `preferences`."""
+        return _join_preferences(self.preferences)
 
     def loss(self, optimizer: str = "") -> Tensor | None:
         """The step's loss: the sum of shares, or the mean of means.
@@ -85,6 +160,27 @@ class MicroBatches:
             return losses[0].float().mean()
         stacked = torch.stack([loss.float().mean() for loss in losses])
         return stacked.sum() if optimizer in self._summed else stacked.mean()
+
+
+def _join_preferences(parts: Sequence[PreferenceReading]) -> PreferenceReading:
+    """One reading of several; pairs stay halves, all chosen rows before all rejected ones."""
+    paired = all(part.paired for part in parts)
+
+    def joined(name: str, halves: int) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if any(value is None for value in values):
+            return None
+        return torch.cat([value.chunk(halves)[at] for at in range(halves) for value in values])
+
+    halves = 2 if paired else 1
+    chosen = joined("chosen", halves)
+    assert chosen is not None
+    return PreferenceReading(
+        chosen=chosen,
+        paired=paired,
+        margin=joined("margin", 1),
+        **{name: joined(name, halves) for name in _OF_SEQUENCES},
+    )
 
 
 def identifiers(sample_id: Sequence[Any] | Tensor | None) -> list[str] | None:

@@ -207,7 +207,7 @@ class OptimizerTap:
                 found = _Unscaled(found, scale.clone())
             if found:
                 events.take("gradients", GradientReading(gradients=found, optimizer=self.name))
-        if "update" in events.due:
+        if {"update", "probe"} & events.due.keys():
             self._before = {n: p.detach().clone() for n, p in self._parameters().items()}
 
     def _read_after(self) -> None:

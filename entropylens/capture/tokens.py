@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ from entropylens.diagnostics.token_statistics import (
 from entropylens.registry import TokenReading
 
 __all__ = [
+    "Chosen",
     "FusedTokens",
     "Grid",
     "HiddenTokens",
     "LogitTokens",
     "TokenSlice",
     "TokenSource",
+    "choose",
     "join_slices",
+    "places",
 ]
 
 
@@ -53,6 +56,8 @@ class TokenSlice:
     entropy: Tensor
     varentropy: Tensor
     max_probability: Tensor
+    sum_squared_probabilities: Tensor
+    expected_discriminator: Tensor
     present: Tensor
     weight: Tensor
     distribution_weight: Tensor | None = None
@@ -62,6 +67,8 @@ class TokenSlice:
     key: Tensor
     sequence_tokens: Tensor
     vocabulary: int
+    index: Tensor
+    """``[n]`` places in the flattened grid."""
     grid: tuple[int, int] | None
 
 
@@ -85,6 +92,9 @@ class TokenSource(Protocol):
         Returns:
             The slice, on the tensors' device; nothing waits for the host.
         """
+
+    def logits_at(self, index: Tensor) -> Tensor | None:
+        """Logits of places in the flattened grid, ``[k, V]``; None where they cannot be had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +156,7 @@ class LogitTokens:
     ) -> TokenSlice:
         """Measure from the logits of the chosen rows; as `TokenSource` says."""
         grid, logits = self.grid, self.logits
-        chosen = _choose(grid, rows, generator)
+        chosen = choose(grid, rows, generator)
         if chosen.is_all:
             found = token_statistics(
                 logits, grid.targets, mask=grid.present, temperature=temperature
@@ -160,6 +170,10 @@ class LogitTokens:
                 temperature=temperature,
             )
         return _slice(grid, chosen, found, logits.shape[-1])
+
+    def logits_at(self, index: Tensor) -> Tensor | None:
+        """As `TokenSource` says."""
+        return self.logits.flatten(0, 1)[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +189,13 @@ class HiddenTokens:
         self, rows: int | None, generator: torch.Generator, temperature: float
     ) -> TokenSlice:
         """Project the chosen rows, in blocks; as `TokenSource` says."""
-        chosen = _choose(self.grid, rows, generator)
+        chosen = choose(self.grid, rows, generator)
         found = _project(self.hidden, self.head, self.grid, chosen, temperature)
         return _slice(self.grid, chosen, found, self.head.weight.shape[0])
+
+    def logits_at(self, index: Tensor) -> Tensor | None:
+        """Project the rows; as `TokenSource` says."""
+        return self.head.logits(self.hidden.flatten(0, 1)[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +219,7 @@ class FusedTokens:
 
         ``rows`` limits the sample; as `TokenSource` says otherwise.
         """
-        everything = _choose(self.grid, None, generator)
+        everything = choose(self.grid, None, generator)
         blank = torch.full_like(self.entropy, torch.nan, dtype=torch.float32)
         known = TokenStatistics(
             logprob=torch.where(self.grid.present, self.logprob.float(), torch.nan),
@@ -212,25 +230,32 @@ class FusedTokens:
         nothing = torch.zeros_like(whole.weight)
         if self.hidden is None or self.head is None:
             return replace(whole, distribution_weight=nothing)
-        chosen = _choose(self.grid, rows, generator)
+        chosen = choose(self.grid, rows, generator)
         found = _project(self.hidden, self.head, self.grid, chosen, temperature)
+        filled: dict[str, Any] = {
+            name: getattr(whole, name).index_copy(0, chosen.index, getattr(found, name).flatten())
+            for name in _OF_ROWS
+        }
         return replace(
             whole,
-            varentropy=whole.varentropy.index_copy(0, chosen.index, found.varentropy.flatten()),
-            max_probability=whole.max_probability.index_copy(
-                0, chosen.index, found.max_probability.flatten()
-            ),
+            **filled,
             distribution_weight=nothing.index_copy(0, chosen.index, chosen.weight),
         )
 
+    def logits_at(self, index: Tensor) -> Tensor | None:
+        """Project the rows, where the hidden states were seen; as `TokenSource` says."""
+        if self.hidden is None or self.head is None:
+            return None
+        return self.head.logits(self.hidden.flatten(0, 1)[index])
 
-_DISTRIBUTION = (
+
+_OF_ROWS = (
     "varentropy",
+    "max_probability",
     "sum_squared_probabilities",
     "expected_discriminator",
-    "max_probability",
-    "log_sum_exp",
 )
+_DISTRIBUTION = (*_OF_ROWS, "log_sum_exp")
 """Statistics that need a token's whole distribution."""
 
 
@@ -258,8 +283,7 @@ def join_slices(
     return TokenReading(
         logprob=joined("logprob"),
         entropy=joined("entropy"),
-        varentropy=joined("varentropy"),
-        max_probability=joined("max_probability"),
+        **{name: joined(name) for name in _OF_ROWS},
         present=joined("present"),
         weight=joined("weight"),
         distribution_weight=torch.cat(whole) if any(w is not None for w in weights) else None,
@@ -278,7 +302,7 @@ def join_slices(
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """Rows of a grid: their flat index, the scored tokens that each stands for, a random key."""
 
     index: Tensor
@@ -289,26 +313,28 @@ class _Chosen:
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each."""
         return self.index // self.columns, self.index % self.columns
 
 
-def _choose(grid: Grid, rows: int | None, generator: torch.Generator) -> _Chosen:
+def choose(grid: Grid, rows: int | None, generator: torch.Generator) -> Chosen:
+    """All places of a grid, or a uniform sample of its scored ones without replacement."""
     present = grid.present.flatten()
     device, slots = present.device, present.numel()
     key = torch.rand(slots, generator=generator, device=device)
     columns = grid.shape[1]
     if rows is None or slots <= rows:
-        return _Chosen(torch.arange(slots, device=device), present.float(), key, columns, True)
+        return Chosen(torch.arange(slots, device=device), present.float(), key, columns, True)
     index = torch.where(present, key, key + 1.0).topk(rows, largest=False).indices
     scored = present.sum()
     weight = present[index] * (scored / scored.clamp(min=1, max=rows))
     # The keys that chose the rows are the smallest ones: not uniform any more.
     again = torch.rand(rows, generator=generator, device=device)
-    return _Chosen(index, weight, again, columns, False)
+    return Chosen(index, weight, again, columns, False)
 
 
 def _project(
-    hidden: Tensor, head: Head, grid: Grid, chosen: _Chosen, temperature: float
+    hidden: Tensor, head: Head, grid: Grid, chosen: Chosen, temperature: float
 ) -> TokenStatistics:
     row, column = chosen.places
     return token_statistics_from_hidden(
@@ -323,8 +349,8 @@ def _project(
     )
 
 
-def _slice(grid: Grid, chosen: _Chosen, found: TokenStatistics, vocabulary: int) -> TokenSlice:
-    depth, sequence, sequence_tokens = _places(grid)
+def _slice(grid: Grid, chosen: Chosen, found: TokenStatistics, vocabulary: int) -> TokenSlice:
+    depth, sequence, sequence_tokens = places(grid)
     index = chosen.index
 
     def picked(values: Tensor) -> Tensor:
@@ -333,8 +359,7 @@ def _slice(grid: Grid, chosen: _Chosen, found: TokenStatistics, vocabulary: int)
     return TokenSlice(
         logprob=found.logprob.flatten(),
         entropy=found.entropy.flatten(),
-        varentropy=found.varentropy.flatten(),
-        max_probability=found.max_probability.flatten(),
+        **{name: getattr(found, name).flatten() for name in _OF_ROWS},
         present=picked(grid.present),
         weight=chosen.weight,
         position=picked(depth),
@@ -343,11 +368,12 @@ def _slice(grid: Grid, chosen: _Chosen, found: TokenStatistics, vocabulary: int)
         key=chosen.key,
         sequence_tokens=sequence_tokens,
         vocabulary=vocabulary,
+        index=index,
         grid=grid.shape if chosen.is_all else None,
     )
 
 
-def _places(grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
+def places(grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
     """Where targets stand in their sequences, and how long those are.
 
     Returns:

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["constants", "share_where", "summarise", "weighted_mean", "weighted_quantiles"]
+__all__ = [
+    "constants",
+    "share_where",
+    "summarise",
+    "weighted_mean",
+    "weighted_quantiles",
+    "wide_dtype",
+]
 
 
 def constants(
@@ -23,8 +30,11 @@ def constants(
     return filled
 
 
-def _wide(values: Tensor) -> torch.dtype:
+def wide_dtype(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64
+
+
+_wide = wide_dtype
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
@@ -44,7 +54,7 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
         >>> weighted_mean(torch.tensor([1.0, 4.0, float("nan")]), torch.tensor([1.0, 2.0, 0.0]))
         tensor(3.)
     """
-    weight = weight.to(_wide(values))
+    weight = weight.to(wide_dtype(values))
     total = torch.where(weight > 0, values * weight, 0.0).sum(-1)
     return (total / weight.sum(-1)).float()
 
@@ -73,7 +83,7 @@ def weighted_quantiles(values: Tensor, weight: Tensor, levels: tuple[float, ...]
     # that counts is NaN the result is, whatever the order.
     weighted = weight > 0
     ordered, order = torch.where(weighted, values.float(), torch.nan).sort()
-    weight = weight.to(_wide(values))
+    weight = weight.to(wide_dtype(values))
     weights, count = weight[order], weighted.sum()
     cumulative = weights.cumsum(0)
     total = cumulative[-1]
@@ -103,7 +113,7 @@ def summarise(values: Tensor, weight: Tensor, levels: tuple[float, ...]) -> Tens
     Returns:
         ``[2 + len(levels)]``: mean, standard deviation, then a quantile for each level.
     """
-    wide = weight.to(_wide(values))
+    wide = weight.to(wide_dtype(values))
     total = wide.sum()
     kept = torch.where(wide > 0, values, 0.0)
     mean = (kept * wide).sum() / total

@@ -7,8 +7,22 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from untouched import tiny
 from untouched.trainings import STEPS, Outcome, Watch, gradient_scaler, training
 
@@ -171,6 +185,115 @@ def dpo(folder: Path, peft_config: Any = None, callbacks: Any = None, **options:
             peft_config=peft_config,
             callbacks=callbacks,
         )
+
+
+def right(completions: list[str], **known: Any) -> list[float]:
+    """Half of all completions are right."""
+    return [float(len(text) % 2) for text in completions]
+
+
+def brief(completions: list[str], **known: Any) -> list[float | None]:
+    """A second component, which does not apply to everything."""
+    return [None if text.startswith("1") else len(text) / 10 for text in completions]
+
+
+_ROLLOUTS: dict[str, Any] = {
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "per_device_train_batch_size": 8,
+}
+
+
+def _saved(folder: Path, model: Any) -> Any:
+    """A model with a path: the reference model is loaded from there."""
+    # save_pretrained writes on one rank alone.
+    base = folder / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    (base / "config.json").write_text(model.config.to_json_string())
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return type(model).from_pretrained(base)
+
+
+def grpo(folder: Path, peft_config: Any = None, model: Any = None, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return GRPOTrainer(
+            _saved(folder, model or tiny.llama()),
+            reward_funcs=[right, brief],
+            args=GRPOConfig(str(folder / "out"), **{**TRL, **_ROLLOUTS, **options}),
+            train_dataset=tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+            peft_config=peft_config,
+        )
+
+
+def rloo(folder: Path, peft_config: Any = None, model: Any = None, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return RLOOTrainer(
+            _saved(folder, model or tiny.llama()),
+            reward_funcs=[right, brief],
+            args=RLOOConfig(str(folder / "out"), **{**TRL, **_ROLLOUTS, **options}),
+            train_dataset=tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+            peft_config=peft_config,
+        )
+
+
+def kto(folder: Path, peft_config: Any = None, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return KTOTrainer(
+            _saved(folder, tiny.llama()),
+            args=KTOConfig(str(folder / "out"), **{**TRL, **options}),
+            train_dataset=tiny.judged(),
+            processing_class=tiny.tokenizer(),
+            peft_config=peft_config,
+        )
+
+
+def reward(folder: Path, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return RewardTrainer(
+            tiny.scorer(),
+            args=RewardConfig(str(folder / "out"), **{**TRL, **options}),
+            train_dataset=tiny.preferences(),
+            processing_class=tiny.tokenizer(),
+        )
+
+
+@training("trl", "grpo")
+def grpo_usual(watch: Watch | None, folder: Path) -> Outcome:
+    return trained(watch, folder, grpo(folder, beta=0.1))
+
+
+@training("trl", "grpo, off-policy accumulation")
+def grpo_accumulated(watch: Watch | None, folder: Path) -> Outcome:
+    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}
+    return trained(watch, folder, grpo(folder, **options))
+
+
+@training("trl", "grpo, peft")
+def grpo_peft(watch: Watch | None, folder: Path) -> Outcome:
+    return trained(watch, folder, grpo(folder, tiny.lora_config(), beta=0.1))
+
+
+@training("trl", "rloo")
+def rloo_usual(watch: Watch | None, folder: Path) -> Outcome:
+    return trained(watch, folder, rloo(folder))
+
+
+@training("trl", "kto")
+def kto_usual(watch: Watch | None, folder: Path) -> Outcome:
+    return trained(watch, folder, kto(folder))
+
+
+@training("trl", "reward")
+def reward_usual(watch: Watch | None, folder: Path) -> Outcome:
+    return trained(watch, folder, reward(folder))
 
 
 @training("trl", "sft")

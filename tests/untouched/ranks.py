@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from untouched import tiny
 from untouched.in_lightning import Base
-from untouched.in_transformers import hf, sft, trained
+from untouched.in_transformers import grpo, hf, rloo, sft, trained
 from untouched.trainings import Outcome, Watch, adamw, differences, hooks_left, lens_over
 
 from entropylens_callbacks.lightning import EntropyLensCallback
@@ -103,6 +103,13 @@ def trl_ddp(watch: Watch | None, folder: Path) -> Outcome:
     return trained(watch, folder, sft(folder, max_steps=STEPS))
 
 
+def policy_ddp(watch: Watch | None, folder: Path, make: Callable[..., Any], size: int) -> Outcome:
+    """``size`` completions a rank in groups of 4; RLOO would take the KL for part of the reward."""
+    own = folder / f"rank-{torch.distributed.get_rank()}"
+    trainer = make(own, max_steps=STEPS, per_device_train_batch_size=size, beta=0.0)
+    return trained(watch, folder, trainer)
+
+
 class OnRanks(Base):
     """Sharded, where the strategy asks for it."""
 
@@ -156,6 +163,9 @@ TRAININGS: dict[str, Callable[[Watch | None, Path], Outcome]] = {
     "fsdp2": fsdp2,
     "transformers": transformers_ddp,
     "trl": trl_ddp,
+    "grpo": lambda watch, folder: policy_ddp(watch, folder, grpo, 8),
+    "grpo_across": lambda watch, folder: policy_ddp(watch, folder, grpo, 6),
+    "rloo": lambda watch, folder: policy_ddp(watch, folder, rloo, 8),
     "lightning": lambda watch, folder: lightning(watch, folder, sharded=False),
     "lightning_fsdp2": lambda watch, folder: lightning(watch, folder, sharded=True),
 }

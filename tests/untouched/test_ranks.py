@@ -155,3 +155,20 @@ def test_entropy_and_loss_of_two_ranks_equal_trls_own_reduction(folder: Path) ->
     assert ours == pytest.approx(combined(folder, "trl", "framework/entropy"), abs=1e-5)
     losses = combined(folder, "trl", "loss/mean")
     assert losses == pytest.approx(combined(folder, "trl", "framework/loss"), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_across", "rloo"])
+def test_a_policy_of_two_ranks_says_what_trl_reduces_over_them(folder: Path, name: str) -> None:
+    """Six completions a rank in groups of four: one group has members on both ranks."""
+    for ours, theirs in {
+        "entropy/token/mean": "framework/entropy",
+        "reward/mean": "framework/reward",
+        "group/no_spread/share": "framework/frac_reward_zero_std",
+        "completion/length/mean": "framework/completions/mean_length",
+        "completion/truncated/share": "framework/completions/clipped_ratio",
+    }.items():
+        expected = combined(folder, name, theirs)
+        assert combined(folder, name, ours) == pytest.approx(expected, abs=1e-5), ours
+    right = run_of(folder, name).metrics("reward/component/mean").to_arrow().to_pylist()
+    writers = {row["rank"] for row in right}
+    assert writers == ({0} if name == "grpo_across" else {0, 1})

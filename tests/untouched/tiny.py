@@ -46,6 +46,10 @@ def classifier() -> Any:
     return LlamaForSequenceClassification(llama_config(num_labels=CLASSES))
 
 
+def scorer() -> Any:
+    return LlamaForSequenceClassification(llama_config(num_labels=1))
+
+
 def bart() -> Any:
     return BartForConditionalGeneration(
         BartConfig(
@@ -115,6 +119,20 @@ def sums(count: int = 64) -> list[dict[str, Any]]:
 
 def prompts_and_completions() -> Dataset:
     return Dataset.from_list([{k: r[k] for k in ("prompt", "completion")} for r in sums()])
+
+
+def prompts() -> Dataset:
+    return Dataset.from_list([{"prompt": r["prompt"]} for r in sums()])
+
+
+def judged() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt": r["prompt"], "completion": r[name], "label": name == "completion"}
+            for r in sums()
+            for name in ("completion", "rejected")
+        ]
+    )
 
 
 def preferences() -> Dataset:

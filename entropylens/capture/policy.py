@@ -1,0 +1,251 @@
+"""What a trainer knows of a policy's tokens beyond its forward: advantages, rewards, ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from entropylens.capture.tokens import FusedTokens, Grid, LogitTokens, TokenSlice, TokenSource
+from entropylens.registry import PolicyReading, TokenReading
+
+__all__ = ["RATIO_LEVELS", "PolicyBatch", "delimited", "join_policies", "shown_tokens"]
+
+RATIO_LEVELS: Final = ("token", "sequence")
+_OF_TOKENS: Final = (
+    "advantage",
+    "old_logprob",
+    "sampler_logprob",
+    "reference_logprob",
+    "reverse_kl",
+    "forward_kl",
+    "thoughts",
+    "answers",
+)
+_OF_SEQUENCES: Final = ("reward", "correct", "pass_rate", "group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """One micro-batch of ``B`` completions, in the rows of its forward.
+
+    Columns are the last ``C`` that the forward scored, C being the width of completions. Fields are
+    as in `entropylens.registry.PolicyReading`, ``[B, C]`` where those are ``[n]`` and ``[B]`` where
+    they are ``[sequences]``.
+    """
+
+    advantage: Tensor
+    """``[B, C]`` or ``[B]``."""
+    mask: Tensor | None = None
+    """``[B, C]``, true where the loss counts a token; None is everywhere the forward scored."""
+    old_logprob: Tensor | None = None
+    sampler_logprob: Tensor | None = None
+    reference_logprob: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    forward_kl: Tensor | None = None
+    thoughts: Tensor | None = None
+    answers: Tensor | None = None
+    clip: tuple[float, float] | None = None
+    ratio_level: str = "token"
+    old_is_summed: bool = False
+    """``old_logprob`` is ``[B]``, the sum over a sequence, and so is the loss's log-ratio."""
+    reward: Tensor | None = None
+    correct: Tensor | None = None
+    pass_rate: Tensor | None = None
+    group: Tensor | None = None
+    prompts: Sequence[str] | None = None
+    completions: Sequence[str] | None = None
+    is_own_sample: bool = False
+    """Whether the policy that is trained drew the tokens itself, from its whole distribution, and
+    none was left out for what it or its reward is."""
+
+    def check(self, rows: int) -> None:
+        """Refuse what does not fit ``rows`` sequences.
+
+        Raises:
+            ValueError: A tensor has another shape, or the ratio's level is unknown.
+        """
+        if self.ratio_level not in RATIO_LEVELS:
+            raise ValueError(
+                f"Lens.observe_policy: expected ratio_level to be one of "
+                f"{', '.join(RATIO_LEVELS)}, got {self.ratio_level!r}"
+            )
+        for name in (*_OF_TOKENS, *_OF_SEQUENCES, "mask"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            axes = (1,) if name in _OF_SEQUENCES else (1, 2) if name == "advantage" else (2,)
+            axes = (1,) if name == "old_logprob" and self.old_is_summed else axes
+            if value.ndim not in axes or value.shape[0] != rows:
+                shape = "[B]" if axes == (1,) else "[B, C]" if axes == (2,) else "[B] or [B, C]"
+                raise ValueError(
+                    f"Lens.observe_policy: expected {name} of shape {shape} with B = {rows}, got "
+                    f"{tuple(value.shape)}"
+                )
+
+    def narrow(self, source: TokenSource) -> TokenSource:
+        """The tokens of ``source`` that the policy's loss counts."""
+        grid: Grid = source.grid
+        if self.mask is None:
+            return source
+        counted = _widened(self.mask.bool(), grid.shape, fill=False)
+        return replace(source, grid=replace(grid, present=grid.present & counted))  # type: ignore[type-var]
+
+    def token_columns(self, part: TokenSlice, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Columns of the tokens that were measured, by name; what is not known is left out."""
+        wide = self.wide_columns(_OF_TOKENS, shape, part.logprob.device)
+        columns = {name: value.flatten()[part.index] for name, value in wide.items()}
+        if self.old_logprob is not None and self.old_is_summed:
+            columns["old_logprob"] = part.logprob - self._summed_log_ratio(part, shape[0])
+        return columns
+
+    def wide_columns(
+        self, names: Sequence[str], shape: tuple[int, int], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Fields of tokens as ``[B, L]``, the forward's shape, by name; without the unknown."""
+        columns = {}
+        for name in names:
+            value = getattr(self, name)
+            if value is None or (name == "old_logprob" and self.old_is_summed):
+                continue
+            value = value.detach().to(device)
+            value = value[:, None].expand(-1, shape[1]) if value.ndim == 1 else value
+            columns[name] = _widened(value, shape)
+        return columns
+
+    def _summed_log_ratio(self, part: TokenSlice, rows: int) -> Tensor:
+        """``[n]`` log-ratio of whole sequences; NaN unless every token of them was measured."""
+        assert self.old_logprob is not None
+        if part.grid is None:
+            return torch.full_like(part.logprob, torch.nan)
+        logprob = torch.where(part.present, part.logprob, 0.0).view(rows, -1).sum(1)
+        ratio = logprob - self.old_logprob.detach().to(logprob.device)
+        return ratio[part.sequence]
+
+    def sequence_columns(self, device: torch.device) -> dict[str, Tensor]:
+        """Columns of the sequences, by name; what is not known is left out."""
+        found = {name: getattr(self, name) for name in _OF_SEQUENCES}
+        return {n: value.detach().to(device) for n, value in found.items() if value is not None}
+
+
+def shown_tokens(
+    logprob: Tensor | None,
+    entropy: Tensor | None,
+    logits: Tensor | None,
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+) -> TokenSource:
+    """Tokens of a policy as a loop shows them; arguments as of `entropylens.Lens.observe_policy`.
+
+    Raises:
+        ValueError: Neither logits with token ids nor log-probabilities with entropies, or shapes
+            that do not fit.
+    """
+    if logits is not None and token_ids is not None:
+        return LogitTokens.of(logits.detach(), token_ids.detach(), mask)
+    if logprob is None or entropy is None or logits is not None:
+        given = {"logprob": logprob, "entropy": entropy, "logits": logits, "token_ids": token_ids}
+        names = [name for name, value in given.items() if value is not None]
+        raise ValueError(
+            f"Lens.observe_policy: expected logits and token_ids, or logprob and entropy, got "
+            f"{' and '.join(names) or 'none of them'}"
+        )
+    for name, value in (("entropy", entropy), ("token_ids", token_ids), ("mask", mask)):
+        if value is not None and value.shape != logprob.shape:
+            raise ValueError(
+                f"Lens.observe_policy: expected {name} of the shape of logprob, "
+                f"{tuple(logprob.shape)}, got {tuple(value.shape)}"
+            )
+    if logprob.ndim != 2:
+        raise ValueError(
+            f"Lens.observe_policy: expected logprob [B, C], got shape {tuple(logprob.shape)}"
+        )
+    present = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask.bool()
+    targets = torch.zeros_like(present, dtype=torch.long) if token_ids is None else token_ids
+    return FusedTokens(
+        logprob=logprob.detach(),
+        entropy=entropy.detach(),
+        grid=Grid(targets=targets.detach(), present=present),
+        hidden=None,
+        head=None,
+        vocabulary=0,
+    )
+
+
+def join_policies(
+    tokens: TokenReading, batches: Sequence[tuple[PolicyBatch, TokenSlice, tuple[int, int]]]
+) -> PolicyReading:
+    """Join the micro-batches of one step; what one of them lacks is not known.
+
+    Args:
+        tokens: All their tokens, joined in the same order.
+        batches: Each with its measured tokens and its grid's shape.
+    """
+    first = batches[0][0]
+    columns: list[Mapping[str, Tensor]] = [
+        {
+            **batch.token_columns(part, shape),
+            **batch.sequence_columns(part.logprob.device),
+        }
+        for batch, part, shape in batches
+    ]
+    known = [name for name in columns[0] if all(name in one for one in columns)]
+    joined: dict[str, Any] = {name: torch.cat([one[name] for one in columns]) for name in known}
+    for name in ("prompts", "completions"):
+        texts = [getattr(batch, name) for batch, _, _ in batches]
+        if all(text is not None for text in texts):
+            joined[name] = [one for text in texts for one in text]
+    is_summed = first.old_logprob is not None and first.old_is_summed
+    return PolicyReading(
+        tokens=tokens,
+        clip=first.clip,
+        ratio_level="sequence" if is_summed else first.ratio_level,
+        **joined,
+    )
+
+
+def delimited(token_ids: Tensor, mask: Tensor, delimiter: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which tokens stand before the first delimiter, and which after it.
+
+    The delimiter itself is in neither; where there is none, all tokens are thoughts.
+
+    Args:
+        token_ids: ``[B, C]``
+        mask: ``[B, C]`` bool: tokens of the completion.
+        delimiter: Token ids that follow one another, at least one.
+
+    Returns:
+        Thoughts and answers, ``[B, C]`` bool each.
+
+    Example:
+        >>> ids = torch.tensor([[5, 9, 6, 7], [5, 6, 7, 8]])
+        >>> thoughts, answers = delimited(ids, torch.ones_like(ids, dtype=torch.bool), [9])
+        >>> thoughts.int().tolist(), answers.int().tolist()
+        ([[1, 0, 0, 0], [1, 1, 1, 1]], [[0, 0, 1, 1], [0, 0, 0, 0]])
+    """
+    width, length = token_ids.shape[1], len(delimiter)
+    begins = torch.zeros_like(mask)
+    if length <= width:
+        matches = mask[:, : width - length + 1].clone()
+        for offset, token in enumerate(delimiter):
+            matches &= token_ids[:, offset : width - length + 1 + offset] == token
+        begins[:, : width - length + 1] = matches
+    has_begun = begins.cumsum(1) > 0
+    is_over = torch.zeros_like(mask)
+    if length < width:
+        is_over[:, length:] = has_begun[:, : width - length]
+    return mask & ~has_begun, mask & is_over
+
+
+def _widened(values: Tensor, shape: tuple[int, int], fill: float | bool = 0) -> Tensor:
+    """``[B, C]`` as the last columns of ``[B, L]``."""
+    missing = shape[1] - values.shape[1]
+    if values.shape[0] != shape[0] or missing < 0:
+        raise ValueError(
+            f"Lens.observe_policy: expected tensors [B, C] that fit the {shape[0]} x {shape[1]} "
+            f"scored tokens of the forward, got {tuple(values.shape)}"
+        )
+    return values if not missing else torch.nn.functional.pad(values, (missing, 0), value=fill)

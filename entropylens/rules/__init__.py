@@ -1,0 +1,1 @@
+"""Laws and forecasts: pure, causal functions of the numbers in a log, online and in replay."""

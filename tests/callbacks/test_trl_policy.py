@@ -1,0 +1,260 @@
+"""GRPO and RLOO: what TRL logs itself, and what it does not, against TRL's own tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from untouched import tiny
+from untouched.in_transformers import brief, grpo, kto, right, rloo
+
+import entropylens as el
+from entropylens_callbacks.transformers import attach
+from entropylens_callbacks.trl import RolloutOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 4
+
+
+def trained(trainer: Any, folder: Path, **options: Any) -> el.Run:
+    settings = {"preset": "full", "max_overhead": None, **options}
+    attach(trainer, folder / "run", **settings)
+    trainer.train()
+    run = el.open_run(folder / "run")
+    assert run.status()[0].faults == {}
+    return run
+
+
+def series(run: el.Run, name: str, module: str = "") -> dict[int, float]:
+    rows = run.metrics(name).to_arrow().to_pylist()
+    return {row["step"]: row["value"] for row in rows if row["module"] == module}
+
+
+def logged(trainer: Any, name: str) -> dict[int, float]:
+    return {e["step"]: e[name] for e in trainer.state.log_history if e.get(name) is not None}
+
+
+def kept_inputs(trainer: Any) -> list[Mapping[str, Any]]:
+    """The batches that the loss sees, once the trainer was attached to."""
+    seen: list[Mapping[str, Any]] = []
+    compute = trainer._compute_loss
+
+    def keep(model: Any, inputs: Any) -> Any:
+        seen.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()})
+        return compute(model, inputs)
+
+    trainer._compute_loss = keep
+    return seen
+
+
+def calm(model: Any = None) -> Any:
+    """A model without dropout: two forwards of it agree."""
+    model = model or tiny.llama()
+    model.config.attention_dropout = 0.0
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all parameters", "lora"])
+@pytest.mark.parametrize("make", [grpo, rloo, kto])
+def test_entropy_equals_trls_own(tmp_path: Path, make: Any, lora: bool) -> None:
+    trainer = make(tmp_path, tiny.lora_config() if lora else None, max_steps=STEPS)
+    run = trained(trainer, tmp_path)
+    theirs = logged(trainer, "entropy")
+    assert list(theirs) == list(range(1, STEPS + 1))
+    assert series(run, "entropy/token/mean") == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("make", [grpo, rloo])
+def test_what_both_report_is_the_same(tmp_path: Path, make: Any) -> None:
+    options: dict[str, Any] = {"num_iterations": 2, "beta": 0.1, "epsilon": 0.02}
+    if make is grpo:
+        # By default TRL weights each token's KL with the importance ratio.
+        options["use_bias_correction_kl"] = False
+    trainer = make(tmp_path, max_steps=STEPS, **options)
+    run = trained(trainer, tmp_path)
+    pairs = {
+        "kl/mean" if make is grpo else "": "kl",
+        "clip/low/share": "clip_ratio/low_mean",
+        "clip/high/share": "clip_ratio/high_mean",
+        "clip/region/share": "clip_ratio/region_mean",
+    }
+    for ours, theirs in pairs.items():
+        if ours:
+            assert series(run, ours) == pytest.approx(logged(trainer, theirs), abs=1e-5), ours
+    assert max(series(run, "clip/region/share").values()) > 0
+    generations = range(1, STEPS + 1, 2)
+    for ours, theirs in {
+        "reward/mean": "reward",
+        "reward/std": "reward_std",
+        "group/no_spread/share": "frac_reward_zero_std",
+        "completion/length/mean": "completions/mean_length",
+        "completion/truncated/share": "completions/clipped_ratio",
+    }.items():
+        found, told = series(run, ours), logged(trainer, theirs)
+        assert list(found) == list(generations)
+        assert found == pytest.approx({step: told[step] for step in generations}, abs=1e-6), ours
+    for name in ("right", "brief"):
+        found, told = (
+            series(run, "reward/component/mean", name),
+            logged(trainer, f"rewards/{name}/mean"),
+        )
+        assert found == pytest.approx({step: told[step] for step in generations}, abs=1e-6)
+    phases = {row["phase"] for row in run.metrics("reward/mean").to_arrow().to_pylist()}
+    assert phases == {"rollout"}
+
+
+def test_shuffled_rows_keep_their_rewards_groups_and_text(tmp_path: Path) -> None:
+    """Each row's completion, decoded here, must score what is told of it."""
+    trainer = grpo(tmp_path, max_steps=3, per_device_train_batch_size=16)
+    seen = kept_inputs(trainer)
+    run = trained(trainer, tmp_path, rollouts=RolloutOptions(record_text=True, correct_by="right"))
+    tokenizer = trainer.processing_class
+    assert seen[0]["entropylens_row"].tolist() != list(range(16))
+    for number, batch in enumerate(seen, start=1):
+        texts = tokenizer.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        prompts = tokenizer.batch_decode(batch["prompt_ids"], skip_special_tokens=True)
+        rewards = [a + (b or 0.0) for a, b in zip(right(texts), brief(texts), strict=True)]
+        told = {p + t: r for p, t, r in zip(prompts, texts, rewards, strict=True)}
+        rows = run.completions(steps=(number, number)).to_arrow().to_pylist()
+        assert len(rows) == 2
+        for row in rows:
+            assert row["reward"] == pytest.approx(told[row["prompt"] + row["text"]], abs=1e-6)
+        correct = torch.tensor(right(texts)).bool()
+        mask = batch["completion_mask"].bool()
+        outcome = series(run, "entropy/outcome/correct/mean")
+        weights = {
+            row["step"]: row["weight"]
+            for row in run.metrics("entropy/outcome/correct/mean").to_arrow().to_pylist()
+        }
+        assert number in outcome
+        assert weights[number] == int(mask[correct].sum())
+
+
+@pytest.mark.parametrize("make", [grpo, rloo])
+def test_covariances_equal_a_float64_reference_on_the_same_batch(tmp_path: Path, make: Any) -> None:
+    """With a learning rate of 0 the model at hand is the one that was measured."""
+    trainer = make(tmp_path, model=calm(), learning_rate=0.0, max_steps=2)
+    seen = kept_inputs(trainer)
+    run = trained(trainer, tmp_path)
+    model = trainer.model.double().eval()
+    # In the first step the backbone is not watched yet.
+    for step, batch in enumerate(seen[1:], start=2):
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=attention).logits
+        width = batch["completion_ids"].shape[1]
+        logp = (logits[:, -width - 1 : -1] / trainer.temperature).log_softmax(-1)
+        keep = batch["completion_mask"].bool()
+        lp = logp.gather(2, batch["completion_ids"][..., None])[..., 0][keep]
+        p = logp.exp()
+        entropy = -(p * logp).sum(-1)
+        discriminator = p * (logp + entropy[..., None])
+        expected = (p * discriminator).sum(-1)[keep]
+        entropy = entropy[keep]
+        advantage = batch["advantages"].double()[:, None].expand(keep.shape)[keep]
+        own = lp.exp() * (lp + entropy)
+        for name, value in {
+            "covariance/within/mean": ((lp + entropy) * advantage).mean(),
+            "covariance/total/mean": torch.stack([lp, advantage]).cov(correction=0)[0, 1],
+            "covariance/policy_gradient/mean": (own * advantage).mean(),
+            "discriminator/expected/mean": expected.mean(),
+            "entropy/estimate/discriminator": -(advantage * (own - expected)).mean(),
+        }.items():
+            # The trainer's forward was in float32.
+            assert series(run, name)[step] == pytest.approx(float(value), rel=2e-3, abs=2e-6), name
+
+
+def test_old_policies_make_ratios_and_new_ones_do_not(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, num_iterations=2, max_steps=4)
+    seen = kept_inputs(trainer)
+    run = trained(trainer, tmp_path)
+    assert all("old_per_token_logps" in batch for batch in seen)
+    assert set(series(run, "ratio/mean")) == {1, 2, 3, 4}
+    other = tmp_path / "on-policy"
+    run = trained(grpo(other, max_steps=2), other)
+    assert series(run, "ratio/on_policy/share") == {1: 1.0, 2: 1.0}
+    assert series(run, "ratio/mean") == {}
+
+
+def test_the_gap_test_is_made_only_where_the_policy_drew_its_tokens_whole(tmp_path: Path) -> None:
+    def tested(name: str, model: Any = None, **options: Any) -> bool:
+        folder = tmp_path / name
+        run = trained(grpo(folder, model=model or calm(), max_steps=2, **options), folder)
+        return bool(series(run, "sampling/z"))
+
+    assert tested("whole")
+    assert not tested("dropout", model=tiny.llama())
+    assert not tested("nucleus", top_p=0.9)
+    assert not tested("top k", top_k=5)
+    assert not tested("old", num_iterations=2)
+    assert not tested("masked", mask_truncated_completions=True)
+
+
+def test_accumulated_micro_batches_are_one_step(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    run = trained(trainer, tmp_path)
+    for name in ("entropy/token/mean", "covariance/within/mean", "reward/mean"):
+        assert list(series(run, name)) == [1, 2, 3]
+    weights = run.metrics("covariance/within/mean").to_arrow()["weight"].to_pylist()
+    assert weights == list(series(run, "tokens/step").values())
+    assert weights == list(series(run, "completion/tokens").values())
+
+
+def test_prediction_stands_beside_measurement(tmp_path: Path) -> None:
+    run = trained(grpo(tmp_path, max_steps=4, learning_rate=3e-5), tmp_path)
+    predicted, measured = (series(run, f"entropy/change/{n}") for n in ("predicted", "measured"))
+    assert list(predicted) == [1, 2, 3, 4]
+    for step, value in measured.items():
+        assert value == pytest.approx(predicted[step], rel=0.15, abs=1e-7)
+    assert set(series(run, "entropy/change/exact/share").values()) == {1.0}
+
+
+def test_a_private_name_that_moved_is_said_loudly_and_leaves_the_entropy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = grpo(tmp_path, max_steps=2)
+    generate = trainer._generate_and_score_completions
+
+    class Renamed(type(trainer)):  # type: ignore[misc]
+        _generate_and_score_completions = property()
+
+        def _prepare_inputs(self, batch: Any) -> Any:
+            return generate(batch)
+
+    trainer.__class__ = Renamed
+    run = trained(trainer, tmp_path)
+    expected = "to have _generate_and_score_completions, as TRL 1.16 has it"
+    assert expected in caplog.text
+    events = [e for e in run.events().to_arrow().to_pylist() if e["kind"] == "capture"]
+    assert [expected in event["message"] for event in events] == [True]
+    assert events[0]["severity"] == "warning"
+    assert list(series(run, "entropy/token/mean")) == [1, 2]
+    assert series(run, "reward/mean") == {}
+
+
+def test_a_reward_function_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path)
+    with pytest.raises(ValueError, match="expected correct_by to be a reward function of the "
+                       r"trainer \(right, brief\), got 'verifier'"):  # fmt: skip
+        attach(trainer, tmp_path / "run", rollouts=RolloutOptions(correct_by="verifier"))
+
+
+def test_thinking_ends_at_the_delimiter(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, max_steps=2)
+    seen = kept_inputs(trainer)
+    run = trained(trainer, tmp_path, rollouts=RolloutOptions(thinking_end="="))
+    delimiter = tiny.VOCABULARY["="]
+    for step, batch in enumerate(seen, start=1):
+        thinking = 0
+        for row, mask in zip(batch["completion_ids"].tolist(), batch["completion_mask"].tolist(),
+                             strict=True):  # fmt: skip
+            kept = [token for token, keep in zip(row, mask, strict=True) if keep]
+            thinking += kept.index(delimiter) if delimiter in kept else len(kept)
+        rows = run.metrics("entropy/phase/thinking/mean", steps=(step, step)).to_arrow()
+        assert rows["weight"].to_pylist() == [thinking]

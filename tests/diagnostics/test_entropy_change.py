@@ -1,0 +1,154 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from readings import probe
+from torch import Tensor
+
+from entropylens.diagnostics.entropy_change import (
+    CELLS,
+    LEAST,
+    MEMORY,
+    EntropyChange,
+    entropy_change,
+    entropy_of,
+)
+from entropylens.registry import ProbeReading
+
+
+def values_of(reading: ProbeReading, state: Any = None) -> tuple[dict[Any, float], Any]:
+    blocks, state = EntropyChange().measure(reading, state)
+    found = {}
+    for block in blocks:
+        if block.table != "metrics":
+            continue
+        names, modules = block.columns["name"], block.columns["module"]
+        weights = block.columns["weight"].expand(len(names))
+        modules = [modules] * len(names) if isinstance(modules, str) else modules
+        for name, module, value, weight in zip(
+            names, modules, block.columns["value"].tolist(), weights.tolist(), strict=True
+        ):
+            if weight > 0:
+                found[name, module] = value
+    return found, state
+
+
+def entropy(logits: Tensor) -> Tensor:
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+def test_the_discriminator_is_minus_the_gradient_of_the_entropy() -> None:
+    """I1 of the theory, and I2: S is bounded below and sums to 0."""
+    logits = 3 * torch.randn(20, 9, generator=torch.Generator().manual_seed(0)).double()
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(entropy(logits).sum(), logits)
+    found, discriminator = entropy_of(logits.detach())
+    assert torch.allclose(found, entropy(logits.detach()), atol=1e-14)
+    assert torch.allclose(discriminator, -gradient, atol=1e-14)
+    assert torch.allclose(discriminator.sum(-1), torch.zeros(20).double(), atol=1e-14)
+    assert bool((discriminator >= -torch.exp(-1 - found)[:, None] - 1e-15).all())
+
+
+def test_the_predicted_change_is_the_covariance_of_lemma_1() -> None:
+    """I3: dH = -Cov_p(log p, dz)."""
+    generator = torch.Generator().manual_seed(1)
+    before, direction = (torch.randn(30, 12, generator=generator) for _ in range(2))
+    predicted, _ = entropy_change(before, before, direction)
+    logp = before.double().log_softmax(-1)
+    p, dz = logp.exp(), direction.double()
+    means = [(p * value).sum(-1, keepdim=True) for value in (logp, dz)]
+    covariance = (p * (logp - means[0]) * (dz - means[1])).sum(-1)
+    assert torch.allclose(predicted, -covariance, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-4])
+def test_prediction_and_measurement_part_with_the_square_of_the_step(scale: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    before, direction = (torch.randn(50, 30, generator=generator).double() for _ in range(2))
+    predicted, measured = entropy_change(before, before + scale * direction, scale * direction)
+    assert torch.allclose(measured, entropy(before + scale * direction) - entropy(before))
+    assert float((predicted - measured).abs().max()) < 2 * scale**2 * 8
+
+
+def test_masked_classes_and_certain_distributions_are_no_nan() -> None:
+    before = torch.tensor([[0.0, 1.0, -torch.inf], [200.0, 0.0, 0.0]])
+    direction = torch.tensor([[0.1, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    predicted, measured = entropy_change(before, before + direction, direction)
+    assert bool(predicted.isfinite().all() & measured.isfinite().all())
+    assert predicted[1].abs() < 1e-30
+
+
+def test_states_without_weight_count_for_nothing() -> None:
+    reading = probe()
+    nothing = torch.arange(24) % 3 == 0
+    broken = reading.before.clone()
+    broken[nothing] = torch.nan
+    weighted = replace(reading, before=broken, weight=(~nothing).float() * 2)
+    found, _ = values_of(weighted)
+    predicted, measured = entropy_change(reading.before, reading.after, reading.direction)
+    kept = ~nothing
+    assert found["entropy/change/predicted", ""] == pytest.approx(float(predicted[kept].mean()))
+    assert found["entropy/change/measured", ""] == pytest.approx(float(measured[kept].mean()))
+    pair = torch.stack([predicted[kept], measured[kept]])
+    assert found["entropy/change/state/correlation", "exact"] == pytest.approx(
+        float(torch.corrcoef(pair)[0, 1]), abs=1e-6
+    )
+
+
+def test_the_four_cells_and_the_tokens_without_advantage_add_up() -> None:
+    reading = probe()
+    assert reading.advantage is not None
+    advantage = reading.advantage.clone()
+    advantage[:5] = 0.0
+    found, _ = values_of(replace(reading, advantage=advantage))
+    predicted, _ = entropy_change(reading.before, reading.after, reading.direction)
+    cells = sum(found[f"entropy/change/cell/{cell}", ""] for cell in CELLS)
+    assert cells + float(predicted[:5].sum() / 24) == pytest.approx(
+        found["entropy/change/predicted", ""], rel=1e-5
+    )
+    logp = reading.before.double().log_softmax(-1)
+    rows = torch.arange(24)
+    discriminator = logp.exp() * (logp + entropy(reading.before.double())[:, None])
+    excess = discriminator[rows, reading.token_id] - (logp.exp() * discriminator).sum(-1)
+    one = (advantage > 0) & (excess > 0)
+    assert found["entropy/change/cell/positive_above", ""] == pytest.approx(
+        float(predicted[one].sum() / 24), rel=1e-5
+    )
+
+
+def test_slopes_are_those_of_least_squares_that_forgets() -> None:
+    state, x, y = None, [], []
+    for step in range(12):
+        reading = probe()
+        direction = 1e-3 * reading.direction * (1 + step % 5)
+        shifted = replace(reading, direction=direction, after=reading.before + 2 * direction)
+        found, state = values_of(shifted, state)
+        x.append(found["entropy/change/predicted", ""])
+        y.append(found["entropy/change/measured", ""])
+        if step < LEAST - 1:
+            assert ("entropy/change/fit/slope", "exact") not in found
+    weights = torch.tensor([MEMORY ** (11 - step) for step in range(12)]).double().sqrt()
+    design = torch.stack([torch.ones(12), torch.tensor(x)], 1).double() * weights[:, None]
+    target = torch.tensor(y).double() * weights
+    slope = torch.linalg.lstsq(design, target[:, None]).solution[1].item()
+    assert found["entropy/change/fit/slope", "exact"] == pytest.approx(slope, rel=1e-3)
+    assert slope == pytest.approx(2.0, rel=0.01)
+    assert found["entropy/change/fit/correlation", "exact"] > 0.99
+
+
+def test_the_rows_of_the_tokens_table_are_those_that_change_most() -> None:
+    reading = probe()
+    blocks, _ = EntropyChange().measure(reading, None)
+    rows = next(block for block in blocks if block.table == "tokens").columns
+    predicted, _ = entropy_change(reading.before, reading.after, reading.direction)
+    largest = predicted.abs().sort(descending=True).values[:16].float()
+    assert torch.equal(rows["predicted_entropy_change"].abs(), largest)
+    assert set(rows["selection"]) == {"change"}
+
+
+def test_outside_of_reinforcement_learning_the_exact_direction_stands_alone() -> None:
+    found, _ = values_of(replace(probe(), advantage=None, old_logprob=None, clip=None))
+    modules = {module for name, module in found if name == "entropy/change/state/correlation"}
+    assert modules == {"exact"}
+    assert not any("cell" in name for name, _ in found)
