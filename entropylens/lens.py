@@ -271,6 +271,7 @@ class Lens:
             TypeError: In the first step only: a name that `PolicyBatch` does not have.
             ValueError: In the first step only: shapes do not fit. Later it is a counted fault.
         """
+        self.watch.expect("policy", "sampled")
         if not self._session.due:
             return
 
@@ -293,6 +294,7 @@ class Lens:
         Raises:
             TypeError: In the first step only: a field that `RolloutReading` does not have.
         """
+        self.watch.expect("rollout")
         if "rollout" in self._session.due:
             work = partial(self._show_rollout, known)
             self._session.aside("observe_rollout", work, raises=True)

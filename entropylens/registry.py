@@ -192,7 +192,8 @@ class PolicyReading:
     """``(low, high)``: the loss stops learning from a token whose ratio is below 1 - low with
     A < 0, or above 1 + high with A > 0. None is no clipping."""
     ratio_level: str = "token"
-    """``token``, or ``sequence`` where the loss takes one ratio a sequence."""
+    """``token``, or where the loss takes one log-ratio a sequence: ``sequence`` if that is its
+    tokens' mean (GSPO), ``product`` if it is their sum (RLOO)."""
     answers: Tensor | None = None
     """``[n]`` bool: the token comes after the thinking delimiter; the delimiter is in neither."""
     thoughts: Tensor | None = None

@@ -30,6 +30,8 @@ UNTIMED_SECONDS: Final = 4e-6
 """What every step costs beyond what we time within: being called at all, by the loop and by hooks,
 with caches that the training has filled. Timed from outside on a step of a millisecond."""
 _NEVER: Final = 1 << 62
+_ALWAYS_READ: Final = frozenset(("tokens", "gradients", "update", "step"))
+"""Readings of any training; the others make nothing due before somebody expects them."""
 
 
 class Session:
@@ -67,6 +69,7 @@ class Session:
         self._diagnostics = {name: known[name] for name in schedules}
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
         self._decided, self._next_due, self._unlooked = -1, -1, 0
+        self._expected = set(_ALWAYS_READ)
         self._transfer = Transfer(self._deliver)
         self._measured: list[tuple[str, Block, str | None]] = []
         self._flushed = perf_counter()
@@ -97,11 +100,21 @@ class Session:
         following = []
         for name, schedule in self._schedules.items():
             found, budget = self._diagnostics[name], self.budget
+            if found.reads not in self._expected:
+                continue
             widening = budget.vitals_widening if found.reads == "step" else budget.widening
             if schedule.is_due(number, widening):
                 self.due.setdefault(found.reads, []).append(found)
             following.append(schedule.next_due(number, widening) or _NEVER)
         self._next_due = min(following, default=_NEVER)
+
+    def expect(self, number: int, *reads: str) -> None:
+        """Have diagnostics of these readings be due, from step ``number`` on: they will come."""
+        if not self._expected.issuperset(reads):
+            self._expected.update(reads)
+            self._decided = self._next_due = -1
+            if number:
+                self.begin_step(number)
 
     def pass_step(self, number: int, began: float, seconds: float) -> int:
         """Close a step in which nothing was due, and that ended before `wakes_at`.

@@ -104,11 +104,17 @@ class Watch:
             self._taps.append(ModelTap(module, self, self._session.aside))
             if RouterTap.suits(module):
                 self._routers.append(RouterTap(module, self, self._session.aside))
+                self.expect("router")
 
     def probe(self, model: nn.Module) -> None:
         """Ask a model what updates do to its distributions, if it is one that can be asked."""
         if UpdateProbe.suits(model):
             self._probe = UpdateProbe(model)
+            self.expect("probe")
+
+    def expect(self, *reads: str) -> None:
+        """Have diagnostics of these readings be due: of a policy, of its rollouts, of routers."""
+        self._session.expect(self._number, *reads)
 
     def tap_optimizers(
         self, optimizers: Mapping[str, Optimizer], parameter_names: dict[int, str]
@@ -270,7 +276,7 @@ class Watch:
         ids, due = identifiers(sample_id), self.due.keys()
         self._session.clock.start()
         if policy is not None:
-            policy.check(source.grid.shape[0])
+            policy.check(source.grid.shape)
             source = policy.narrow(source)
         self._open.count(source)
         generator = self._generator(source.grid.present.device)

@@ -151,7 +151,10 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         self.lens.follow(framework_entropy=is_one_step)
         if self._policy is not None and self._policy.missing:
             self.lens.event("capture", self._policy.complaint, severity="warning")
+        if self._policy is not None:
+            self.lens.watch.expect("policy", "sampled", "rollout")
         if self._preferences is not None:
+            self.lens.watch.expect("preference")
             self._preferences.open(self.lens, _called(self.trainer, kwargs["model"]))
 
     def policy_batch(self, inputs: Any) -> PolicyBatch | None:

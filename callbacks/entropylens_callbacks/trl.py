@@ -55,7 +55,8 @@ class _Rollout:
     group: Tensor
     prompts: Sequence[str]
     completions: Sequence[str]
-    reference: Tensor | None
+    noted: Sequence[Tensor]
+    """Log-probabilities computed while generating: RLOO's old ones, then a reference's."""
 
 
 class PolicyWatch:
@@ -74,7 +75,8 @@ class PolicyWatch:
         self._trainer, self._options = trainer, options
         self._rollout: _Rollout | None = None
         self._scored: list[Tensor] | None = None
-        self.missing = [name for name in (_GENERATES, "_logs") if not hasattr(trainer, name)]
+        needed = (_GENERATES, _SCORES, "_logs")
+        self.missing = [name for name in needed if not hasattr(trainer, name)]
         """Private names that this version of TRL lacks: without them rollouts are unseen."""
         tokenizer: Any = getattr(trainer, "_tokenizer", getattr(trainer, "processing_class", None))
         self._delimiter = _token_ids(tokenizer, options.thinking_end)
@@ -122,9 +124,7 @@ class PolicyWatch:
             return output
 
         setattr(trainer, _GENERATES, watched)
-        score = getattr(trainer, _SCORES, None)
-        if score is not None:
-            setattr(trainer, _SCORES, self._noting(score))
+        setattr(trainer, _SCORES, self._noting(getattr(trainer, _SCORES)))
 
     def _noting(self, score: Any) -> Any:
         """Have log-probabilities that are computed while generating noted: RLOO hands none on."""
@@ -159,7 +159,6 @@ class PolicyWatch:
         own = slice(index * rows, (index + 1) * rows)
         pass_rate = correct.view(-1, size).mean(1).repeat_interleave(size)
         group = torch.arange(len(total)) // size
-        beta = getattr(trainer, "beta", 0.0)
         self._rollout = _Rollout(
             reward=total[own],
             correct=correct[own],
@@ -167,9 +166,7 @@ class PolicyWatch:
             group=group[own],
             prompts=prompts[own],
             completions=completions[own],
-            reference=scored[-1]
-            if beta and "ref_per_token_logps" not in output and scored
-            else None,
+            noted=scored,
         )
         output[_ROW] = torch.arange(rows)
         whole = rows % size == 0
@@ -218,37 +215,44 @@ class PolicyWatch:
         if self._delimiter:
             thoughts, answers = delimited(token_id, mask, self._delimiter)
             known = {"thoughts": thoughts, "answers": answers}
-        is_summed = "old_logps" in inputs
+        is_rloo = "old_logps" in inputs
+        known |= self._of_rollout(inputs, is_rloo)
+        if is_rloo and "old_logprob" not in known:
+            return None
+        level = "product" if is_rloo else getattr(trainer, "importance_sampling_level", "token")
         return PolicyBatch(
             advantage=advantage,
             mask=mask,
-            old_logprob=inputs.get("old_logps" if is_summed else "old_per_token_logps"),
-            old_is_summed=is_summed,
             sampler_logprob=inputs.get("sampling_per_token_logps"),
-            clip=self._clip(is_summed),
-            ratio_level=getattr(trainer, "importance_sampling_level", "token"),
+            clip=self._clip(is_rloo),
+            ratio_level=level,
             is_own_sample=self._is_own_sample(inputs),
             **known,
-            **self._of_rollout(inputs),
         )
 
-    def _of_rollout(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        known: dict[str, Any] = {"reference_logprob": inputs.get("ref_per_token_logps")}
+    def _of_rollout(self, inputs: Mapping[str, Any], is_rloo: bool) -> dict[str, Any]:
+        known: dict[str, Any] = {}
+        if not is_rloo:
+            known = {
+                "old_logprob": inputs.get("old_per_token_logps"),
+                "reference_logprob": inputs.get("ref_per_token_logps"),
+            }
         rollout, row = self._rollout, inputs.get(_ROW)
         if rollout is None or row is None:
             return known
         known |= {n: getattr(rollout, n)[row] for n in ("reward", "correct", "pass_rate", "group")}
-        if rollout.reference is not None:
-            known["reference_logprob"] = rollout.reference[row.to(rollout.reference.device)]
+        if is_rloo:
+            names = ("old_logprob", "reference_logprob")
+            known |= {n: t[row.to(t.device)] for n, t in zip(names, rollout.noted, strict=False)}
         if self._options.record_text:
             places = row.tolist()
             known["prompts"] = [rollout.prompts[at] for at in places]
             known["completions"] = [rollout.completions[at] for at in places]
         return known
 
-    def _clip(self, is_summed: bool) -> tuple[float, float] | None:
+    def _clip(self, is_rloo: bool) -> tuple[float, float] | None:
         trainer = self._trainer
-        if not is_summed and getattr(trainer, "loss_type", "") not in _CLIPPED_LOSSES:
+        if not is_rloo and getattr(trainer, "loss_type", "") not in _CLIPPED_LOSSES:
             return None
         low, high = getattr(trainer, "epsilon_low", None), getattr(trainer, "epsilon_high", None)
         return None if low is None or high is None else (float(low), float(high))

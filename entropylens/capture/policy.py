@@ -14,7 +14,7 @@ from entropylens.registry import PolicyReading, TokenReading
 
 __all__ = ["RATIO_LEVELS", "PolicyBatch", "delimited", "join_policies", "shown_tokens"]
 
-RATIO_LEVELS: Final = ("token", "sequence")
+RATIO_LEVELS: Final = ("token", "sequence", "product")
 _OF_TOKENS: Final = (
     "advantage",
     "old_logprob",
@@ -50,8 +50,6 @@ class PolicyBatch:
     answers: Tensor | None = None
     clip: tuple[float, float] | None = None
     ratio_level: str = "token"
-    old_is_summed: bool = False
-    """``old_logprob`` is ``[B]``, the sum over a sequence, and so is the loss's log-ratio."""
     reward: Tensor | None = None
     correct: Tensor | None = None
     pass_rate: Tensor | None = None
@@ -62,8 +60,8 @@ class PolicyBatch:
     """Whether the policy that is trained drew the tokens itself, from its whole distribution, and
     none was left out for what it or its reward is."""
 
-    def check(self, rows: int) -> None:
-        """Refuse what does not fit ``rows`` sequences.
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse what does not fit a forward that scored ``shape`` tokens.
 
         Raises:
             ValueError: A tensor has another shape, or the ratio's level is unknown.
@@ -78,12 +76,12 @@ class PolicyBatch:
             if value is None:
                 continue
             axes = (1,) if name in _OF_SEQUENCES else (1, 2) if name == "advantage" else (2,)
-            axes = (1,) if name == "old_logprob" and self.old_is_summed else axes
-            if value.ndim not in axes or value.shape[0] != rows:
-                shape = "[B]" if axes == (1,) else "[B, C]" if axes == (2,) else "[B] or [B, C]"
+            is_wide = value.ndim == 2 and value.shape[1] > shape[1]
+            if value.ndim not in axes or value.shape[0] != shape[0] or is_wide:
+                said = "[B]" if axes == (1,) else "[B, C]" if axes == (2,) else "[B] or [B, C]"
                 raise ValueError(
-                    f"Lens.observe_policy: expected {name} of shape {shape} with B = {rows}, got "
-                    f"{tuple(value.shape)}"
+                    f"Lens.observe_policy: expected {name} of shape {said} with B = {shape[0]} "
+                    f"and C of at most {shape[1]}, got {tuple(value.shape)}"
                 )
 
     def narrow(self, source: TokenSource) -> TokenSource:
@@ -97,10 +95,7 @@ class PolicyBatch:
     def token_columns(self, part: TokenSlice, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Columns of the tokens that were measured, by name; what is not known is left out."""
         wide = self.wide_columns(_OF_TOKENS, shape, part.logprob.device)
-        columns = {name: value.flatten()[part.index] for name, value in wide.items()}
-        if self.old_logprob is not None and self.old_is_summed:
-            columns["old_logprob"] = part.logprob - self._summed_log_ratio(part, shape[0])
-        return columns
+        return {name: value.flatten()[part.index] for name, value in wide.items()}
 
     def wide_columns(
         self, names: Sequence[str], shape: tuple[int, int], device: torch.device
@@ -109,21 +104,12 @@ class PolicyBatch:
         columns = {}
         for name in names:
             value = getattr(self, name)
-            if value is None or (name == "old_logprob" and self.old_is_summed):
+            if value is None:
                 continue
             value = value.detach().to(device)
             value = value[:, None].expand(-1, shape[1]) if value.ndim == 1 else value
             columns[name] = _widened(value, shape)
         return columns
-
-    def _summed_log_ratio(self, part: TokenSlice, rows: int) -> Tensor:
-        """``[n]`` log-ratio of whole sequences; NaN unless every token of them was measured."""
-        assert self.old_logprob is not None
-        if part.grid is None:
-            return torch.full_like(part.logprob, torch.nan)
-        logprob = torch.where(part.present, part.logprob, 0.0).view(rows, -1).sum(1)
-        ratio = logprob - self.old_logprob.detach().to(logprob.device)
-        return ratio[part.sequence]
 
     def sequence_columns(self, device: torch.device) -> dict[str, Tensor]:
         """Columns of the sequences, by name; what is not known is left out."""
@@ -198,11 +184,10 @@ def join_policies(
         texts = [getattr(batch, name) for batch, _, _ in batches]
         if all(text is not None for text in texts):
             joined[name] = [one for text in texts for one in text]
-    is_summed = first.old_logprob is not None and first.old_is_summed
     return PolicyReading(
         tokens=tokens,
         clip=first.clip,
-        ratio_level="sequence" if is_summed else first.ratio_level,
+        ratio_level=first.ratio_level,
         **joined,
     )
 
@@ -229,10 +214,10 @@ def delimited(token_ids: Tensor, mask: Tensor, delimiter: Sequence[int]) -> tupl
     width, length = token_ids.shape[1], len(delimiter)
     begins = torch.zeros_like(mask)
     if length <= width:
-        matches = mask[:, : width - length + 1].clone()
-        for offset, token in enumerate(delimiter):
-            matches &= token_ids[:, offset : width - length + 1 + offset] == token
-        begins[:, : width - length + 1] = matches
+        found = [(token_ids == token) & mask for token in delimiter]
+        places = width - length + 1
+        parts = [part[:, at : at + places] for at, part in enumerate(found)]
+        begins[:, :places] = torch.stack(parts).all(0)
     has_begun = begins.cumsum(1) > 0
     is_over = torch.zeros_like(mask)
     if length < width:
@@ -243,9 +228,4 @@ def delimited(token_ids: Tensor, mask: Tensor, delimiter: Sequence[int]) -> tupl
 def _widened(values: Tensor, shape: tuple[int, int], fill: float | bool = 0) -> Tensor:
     """``[B, C]`` as the last columns of ``[B, L]``."""
     missing = shape[1] - values.shape[1]
-    if values.shape[0] != shape[0] or missing < 0:
-        raise ValueError(
-            f"Lens.observe_policy: expected tensors [B, C] that fit the {shape[0]} x {shape[1]} "
-            f"scored tokens of the forward, got {tuple(values.shape)}"
-        )
     return values if not missing else torch.nn.functional.pad(values, (missing, 0), value=fill)

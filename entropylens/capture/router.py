@@ -69,7 +69,8 @@ def _declared(module: nn.Module, path: str, recorders: tuple[Any, ...]) -> Itera
         recorders = tuple(found) if isinstance(found, list | tuple) else (found,)
     for recorder in recorders:
         if _matches(recorder, module, path):
-            yield path, Router(module, getattr(recorder, "index", 1))
+            is_bare = isinstance(recorder, str | type)
+            yield path, Router(module, 1 if is_bare else recorder.index)
             return
     for name, child in module.named_children():
         yield from _declared(child, f"{path}.{name}" if path else name, recorders)
@@ -102,7 +103,8 @@ class RouterTap:
     checkpointing does with them inside it, and repeats in the backward pass, makes no difference.
     The logits of all layers are held until the model's forward ends: tokens * experts a layer.
     Layers whose rows are not the tokens of the forward are left out (the decoder of an
-    encoder-decoder, product keys), as is what runs within a compiled graph.
+    encoder-decoder, product keys), as is what runs within a compiled graph or in the replicas of
+    `DataParallel`, which run at the same time.
 
     Args:
         model: One that `suits`, or what parallel training, `torch.compile` or PEFT made of it.
@@ -144,7 +146,7 @@ class RouterTap:
     # -- hooks -------------------------------------------------------------------------------
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if in_backward():
+        if in_backward() or hasattr(module, "_is_replica"):
             return
         self._logits = {}
         self._is_open = torch.is_grad_enabled() and self._events.wants_routers

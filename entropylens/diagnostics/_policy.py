@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from entropylens.diagnostics._summaries import wide_dtype
 from entropylens.registry import PolicyReading, ProbeReading
 
 __all__ = ["distribution_weight", "is_learnt_from", "log_ratio", "pull", "token_pull"]
 
 
 def log_ratio(reading: PolicyReading) -> Tensor:
-    """``[n]`` log pi(a) - log pi_old(a), as the loss takes it: by token, or a sequence's mean.
+    """``[n]`` log pi(a) - log pi_old(a), as the loss takes it: see `PolicyReading.ratio_level`.
 
     Zero everywhere where the step is on-policy.
     """
@@ -19,12 +20,14 @@ def log_ratio(reading: PolicyReading) -> Tensor:
     ratio = torch.where(tokens.present, tokens.logprob - reading.old_logprob, 0.0)
     if reading.ratio_level == "token":
         return ratio
-    sums = torch.zeros_like(tokens.sequence_tokens, dtype=torch.float64)
+    kind = wide_dtype(ratio)
+    nothing = torch.zeros_like(tokens.sequence_tokens, dtype=kind)
     sums, counts = (
-        sums.index_add(0, tokens.sequence, (part * tokens.weight).double())
+        nothing.index_add(0, tokens.sequence, (part * tokens.weight).to(kind))
         for part in (ratio, tokens.present)
     )
-    return (sums / counts)[tokens.sequence].to(ratio.dtype)
+    found = sums / counts if reading.ratio_level == "sequence" else sums
+    return found[tokens.sequence].to(ratio.dtype)
 
 
 def is_learnt_from(ratio: Tensor, advantage: Tensor, clip: tuple[float, float] | None) -> Tensor:

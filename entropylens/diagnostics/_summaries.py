@@ -34,9 +34,6 @@ def wide_dtype(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
-_wide = wide_dtype
-
-
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     """Mean of the values that carry weight.
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from entropylens.diagnostics._policy import distribution_weight
 from entropylens.diagnostics._summaries import (
-    _wide,
     share_where,
     weighted_mean,
     weighted_quantiles,
+    wide_dtype,
 )
 from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagnostic
 
@@ -158,7 +158,8 @@ def distribution_divergences(
 
 def _divergences(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     student, teacher = (
-        (part.to(_wide(part)) / temperature).log_softmax(-1) for part in (logits, teacher_logits)
+        (part.to(wide_dtype(part)) / temperature).log_softmax(-1)
+        for part in (logits, teacher_logits)
     )
     middle = torch.logaddexp(student, teacher) - log(2)
     reverse, forward = _kl(student, teacher), _kl(teacher, student)
@@ -306,7 +307,9 @@ def _reverse(entropy: Tensor, divergence: Tensor, weight: Tensor) -> list[Block]
     cells = quadrants(entropy, divergence, weight)
     shares = share_where(cells, weight)
     score = weighted_mean(soft_or(entropy, divergence, weight), weight)
-    loss = torch.where(cells & (weight > 0), divergence * weight, 0.0).sum(1, dtype=_wide(weight))
+    loss = torch.where(cells & (weight > 0), divergence * weight, 0.0).sum(
+        1, dtype=wide_dtype(weight)
+    )
     total = loss.sum()
     return [
         Block.metrics(

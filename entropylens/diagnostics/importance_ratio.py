@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entropylens.diagnostics._policy import is_learnt_from, log_ratio
-from entropylens.diagnostics._summaries import _wide, share_where, summarise, weighted_mean
+from entropylens.diagnostics._summaries import share_where, summarise, weighted_mean, wide_dtype
 from entropylens.diagnostics.reference_kl import k3
 from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagnostic
 
@@ -161,7 +161,7 @@ def effective_sample_size_share(log_weight: Tensor, count: Tensor) -> Tensor:
         >>> effective_sample_size_share(torch.tensor([0.0, 0.0, -1000.0]), torch.ones(3))
         tensor(0.6667)
     """
-    count = count.to(_wide(count))
+    count = count.to(wide_dtype(count))
     kept = torch.where(count > 0, log_weight.to(count.dtype), 0.0)
     log_count = count.log()
     first, second = ((log_count + power * kept).logsumexp(0) for power in (1, 2))
@@ -186,7 +186,7 @@ def sequence_sums(
     Device: the input's; no host synchronisation.
     Cost: O(n).
     """
-    kept = torch.where(known, values.to(_wide(values)), 0.0)
+    kept = torch.where(known, values.to(wide_dtype(values)), 0.0)
     nothing = torch.zeros(sequence_tokens.shape, dtype=kept.dtype, device=kept.device)
     sums = nothing.index_add(0, sequence, kept)
     counts = nothing.index_add(0, sequence, known.to(kept.dtype))
@@ -239,7 +239,7 @@ class ImportanceRatio(Diagnostic):
         if reading.old_logprob is None:
             always = weight.new_ones(1)
             return [Block.metrics(["ratio/on_policy/share"], always, weight=weight.sum())], state
-        change = tokens.logprob.to(_wide(weight)) - reading.old_logprob
+        change = tokens.logprob.to(wide_dtype(weight)) - reading.old_logprob
         sums, complete = sequence_sums(
             change, tokens.present, tokens.sequence, tokens.sequence_tokens
         )
@@ -267,7 +267,7 @@ class ImportanceRatio(Diagnostic):
 def _as_the_loss_takes_it(reading: PolicyReading) -> Block:
     tokens, logarithm, advantage = reading.tokens, log_ratio(reading), reading.advantage
     weight = tokens.weight
-    if reading.ratio_level == "sequence":
+    if reading.ratio_level != "token":
         columns = [logarithm, advantage, torch.ones_like(logarithm)]
         sums = [
             sequence_sums(column, weight > 0, tokens.sequence, tokens.sequence_tokens)[0]
@@ -276,7 +276,7 @@ def _as_the_loss_takes_it(reading: PolicyReading) -> Block:
         logarithm, advantage = ((part / sums[2]).float() for part in sums[:2])
         weight = (sums[2] > 0).float()
     names = [f"ratio/{name}" for name in ("mean", "std", *LEVELS)]
-    values = [summarise(logarithm.to(_wide(weight)).exp(), weight, tuple(LEVELS.values()))]
+    values = [summarise(logarithm.to(wide_dtype(weight)).exp(), weight, tuple(LEVELS.values()))]
     if reading.clip is not None:
         names += [f"clip/{name}/share" for name in ("low", "high", "region")]
         values.append(clip_shares(logarithm.exp(), advantage, weight, reading.clip))

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics._summaries import _wide, weighted_mean, weighted_quantiles
+from entropylens.diagnostics._summaries import weighted_mean, weighted_quantiles, wide_dtype
 from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagnostic
 
 __all__ = ["ReferenceKL", "k3"]
@@ -97,7 +97,7 @@ def k3(log_ratio: Tensor) -> Tensor:
         >>> (p * k3((q / p).log())).sum(), (p * (p / q).log()).sum()
         (tensor(0.1438, dtype=torch.float64), tensor(0.1438))
     """
-    log_ratio = log_ratio.to(_wide(log_ratio))
+    log_ratio = log_ratio.to(wide_dtype(log_ratio))
     return log_ratio.expm1() - log_ratio
 
 
@@ -115,7 +115,7 @@ class ReferenceKL(Diagnostic):
         if reading.reference_logprob is None:
             return [], state
         tokens, weight = reading.tokens, reading.tokens.weight
-        k1 = tokens.logprob.to(_wide(weight)) - reading.reference_logprob
+        k1 = tokens.logprob.to(wide_dtype(weight)) - reading.reference_logprob
         divergence = k3(-k1)
         means = weighted_mean(torch.stack([divergence, k1]), weight)
         quantiles = weighted_quantiles(divergence, weight, (0.95, 1.0))

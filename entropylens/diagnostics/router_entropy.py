@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics._summaries import _wide, weighted_mean
+from entropylens.diagnostics._summaries import weighted_mean, wide_dtype
 from entropylens.registry import Block, Diagnostic, Metric, RouterReading, diagnostic
 
 __all__ = ["RouterEntropy", "assignment_counts", "load_entropy", "router_entropy"]
@@ -103,7 +103,7 @@ def router_entropy(logits: Tensor) -> Tensor:
         >>> router_entropy(torch.tensor([[0.0, 0.0, -torch.inf]])).exp()
         tensor([2.], dtype=torch.float64)
     """
-    return torch.special.entr(logits.to(_wide(logits)).softmax(-1)).sum(-1)
+    return torch.special.entr(logits.to(wide_dtype(logits)).softmax(-1)).sum(-1)
 
 
 def assignment_counts(logits: Tensor, present: Tensor, experts_per_token: int) -> Tensor:
@@ -129,7 +129,7 @@ def assignment_counts(logits: Tensor, present: Tensor, experts_per_token: int) -
     """
     experts = logits.shape[1]
     chosen = logits.topk(min(experts_per_token, experts), dim=-1).indices
-    counted = present[:, None].expand_as(chosen).to(_wide(logits))
+    counted = present[:, None].expand_as(chosen).to(wide_dtype(logits))
     nothing = torch.zeros(experts, dtype=counted.dtype, device=logits.device)
     return nothing.index_add(0, chosen.flatten(), counted.flatten())
 
@@ -185,7 +185,7 @@ def _layer(name: str, logits: Tensor, reading: RouterReading) -> Block:
         "router/entropy/normalised/mean": entropy / log(logits.shape[1]),
     }
     if reading.experts_per_token is None:
-        probability = logits.to(_wide(logits)).softmax(-1)
+        probability = logits.to(wide_dtype(logits)).softmax(-1)
         load = torch.where(present[:, None], probability, 0.0).sum(0)
     else:
         load = assignment_counts(logits, present, reading.experts_per_token)

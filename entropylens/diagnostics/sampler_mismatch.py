@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from entropylens.diagnostics._summaries import (
-    _wide,
     share_where,
     summarise,
     weighted_mean,
     weighted_quantiles,
+    wide_dtype,
 )
 from entropylens.diagnostics.importance_ratio import effective_sample_size_share, sequence_sums
 from entropylens.diagnostics.reference_kl import k3
@@ -160,7 +160,7 @@ def correlation(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
         >>> correlation(torch.arange(3.0), torch.tensor([0.0, 2.0, 4.0]), torch.ones(3))
         tensor(1.)
     """
-    wide = weight.to(_wide(weight))
+    wide = weight.to(wide_dtype(weight))
     columns = torch.where(wide > 0, torch.stack([first, second]).to(wide.dtype), 0.0)
     share = wide / wide.sum()
     centred = columns - (columns * share).sum(-1, keepdim=True)
@@ -188,7 +188,7 @@ class SamplerMismatch(Diagnostic):
         trainer = tokens.logprob if reading.old_logprob is None else reading.old_logprob
         known = tokens.present & ~sampler.isnan()
         weight = torch.where(known, tokens.weight, 0.0)
-        difference = trainer.to(_wide(weight)) - sampler
+        difference = trainer.to(wide_dtype(weight)) - sampler
         absolute = difference.abs()
         sums, complete = sequence_sums(difference, known, tokens.sequence, tokens.sequence_tokens)
         sequences = complete.float()

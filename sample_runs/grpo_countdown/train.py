@@ -34,6 +34,7 @@ try:
     from trl import GRPOConfig, GRPOTrainer
 
     from entropylens_callbacks.transformers import attach
+    from entropylens_callbacks.trl import RolloutOptions
     from sample_runs.grpo_countdown.base import ON_CPU, Base, Size, held_out, load_base
     from sample_runs.grpo_countdown.countdown import LONGEST_ANSWER, draw_puzzles, reward
     from sample_runs.grpo_countdown.evaluation import evaluate
@@ -140,7 +141,16 @@ def _train(
     with TemporaryDirectory() as scratch:
         trainer = _make_trainer(scratch, settings["seed"], recipe, base, size)
         config = {**trainer.args.to_sanitized_dict(), "grpo_countdown": settings}
-        attach(trainer, out, preset=settings["preset"], config=config)
+        attach(
+            trainer,
+            out,
+            preset=settings["preset"],
+            # A run to study: every update is asked what it did to the entropy, whatever it costs.
+            diagnostics={"entropy_change": 1},
+            max_overhead=None,
+            rollouts=RolloutOptions(record_text=True),
+            config=config,
+        )
         began, began_cpu = time.monotonic(), time.process_time()
         with shown(trainer, settings["run"], ("reward", "entropy"), console):
             trainer.train()

@@ -177,6 +177,9 @@ def test_completions_equal_a_reference_by_prompt_however_rows_are_shuffled(tmp_p
         "completion/length/correct/mean": length[reward >= 1].mean(),
         "completion/truncated/share": np.mean(truncated),
         "reward/component/mean": batch.non_tensor_batch["acc"].astype(float).mean(),
+        "reward/component/correlation": np.corrcoef(
+            batch.non_tensor_batch["acc"].astype(float), reward
+        )[0, 1],
     }
     found = {name: value(run, name) for name in expected}
     assert found == pytest.approx(expected, rel=1e-5)

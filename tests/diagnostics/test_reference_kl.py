@@ -100,19 +100,19 @@ def test_the_mean_is_what_grpo_logs_over_its_mask() -> None:
 
 
 def test_a_row_counts_like_the_tokens_it_stands_for() -> None:
-    logprob, reference = [-1.0, -2.0, -0.5], [-1.5, -1.25, -0.25]
+    logprob, reference = [-1.0, -2.0, -0.5], [-1.5, -1.25, -0.375]
     weighted = measured(reading(logprob, reference, [2.0, 1.0, 3.0], [0, 0, 1]))
     repeated = measured(
         reading(
             [-1.0, -1.0, -2.0, -0.5, -0.5, -0.5],
-            [-1.5, -1.5, -1.25, -0.25, -0.25, -0.25],
+            [-1.5, -1.5, -1.25, -0.375, -0.375, -0.375],
             [1.0] * 6,
             [0, 0, 0, 1, 1, 1],
         )
     )
     for name in ("kl/mean", "kl/k1/mean", "kl/max", "kl/sequence/mean"):
         assert weighted[name] == pytest.approx(repeated[name], rel=1e-6), name
-    assert weighted["kl/sequence/mean"] == pytest.approx((2 * 0.5 - 0.75 - 3 * 0.25) / 2)
+    assert weighted["kl/sequence/mean"] == pytest.approx((2 * 0.5 - 0.75 - 3 * 0.125) / 2)
 
 
 def test_a_small_divergence_is_not_lost_in_rounding() -> None:
