@@ -21,7 +21,7 @@ from entropylens_callbacks.samples import (
     take_names,
     without_names,
 )
-from entropylens_callbacks.trl import PolicyWatch, RolloutOptions
+from entropylens_callbacks.trl import PolicyWatch, RolloutOptions, with_tokens_at_each_step
 
 __all__ = ["EntropyLensCallback", "attach"]
 
@@ -132,6 +132,7 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         decode = getattr(kwargs.get("processing_class"), "decode", None)
         text = {"decode": lambda token: decode([token])} if decode is not None else {}
         found = _load_state(self._resumes_from or _checkpoint(args, state), state.global_step)
+        options = self.options if self._policy is None else with_tokens_at_each_step(self.options)
         self.lens = el.Lens(
             kwargs["model"],
             kwargs.get("optimizer"),
@@ -142,7 +143,7 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
                 "config": args.to_sanitized_dict(),
                 **text,
                 **_temperature(self.trainer),
-                **self.options,
+                **options,
             },
         )
         self.lens.watch.reads_loss = self.trainer is None

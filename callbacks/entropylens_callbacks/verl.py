@@ -79,6 +79,7 @@ class VerlTap:
         self._has_noted = False
         decode = {"decode": lambda token: tokenizer.decode([token])} if record_text else {}
         self.lens = el.Lens(run_dir=run_dir, **{"config": self._config, **decode, **lens})
+        self.lens.watch.expect("policy", "rollout")
 
     def observe(
         self,
@@ -137,7 +138,7 @@ class VerlTap:
             self._show_rollout(found, of_completions, parts, group, number, seconds)
         if entropys is None:
             self._note_missing_entropies()
-        elif due:
+        elif "tokens" in due or "policy" in due:
             self._show_policy(found, of_completions, group, names.get("uid"))
 
     def _of_completions(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -350,7 +350,7 @@ def test_other_shapes_are_refused(tmp_path: Path) -> None:
     batch, entropys = made()
     with pytest.raises(ValueError, match=r"expected entropys \[B, C\] .* \(12, 9\), got \(12, 5\)"):
         shown(tmp_path / "narrow", (batch, entropys[:, :5]))
-    batch.batch._fields["advantages"] = SimpleNamespace(is_nested=True)  # type: ignore[assignment]
+    batch.batch._fields["advantages"] = SimpleNamespace(is_nested=True)
     with pytest.raises(ValueError, match=r"expected advantages .* got nested"):
         shown(tmp_path / "jagged", (batch, entropys))
 
