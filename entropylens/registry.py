@@ -266,8 +266,6 @@ class PreferenceReading:
     """``[n]`` how many scored tokens it has."""
     reward: Tensor | None = None
     """``[n]`` what a reward model gives it."""
-    margin: Tensor | None = None
-    """``[n/2]`` by how much the chosen one is to exceed the rejected one, where the data says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,6 @@ def preference(device: str = "cpu", *, pairs: int = 6) -> PreferenceReading:
         entropy=torch.rand(n, generator=generator).mul(30).to(device),
         tokens=(torch.arange(n) % 5 + 8).to(device),
         reward=reward.to(device),
-        margin=torch.rand(pairs, generator=generator).to(device),
     )
 
 

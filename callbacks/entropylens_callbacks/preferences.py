@@ -161,6 +161,5 @@ def _reading(
         chosen=chosen,
         paired=label is None,
         reference_logprob=None if reference is None else reference.detach().to(some.device),
-        margin=inputs.get("margin"),
         **policy,
     )

@@ -268,7 +268,8 @@ def attach(trainer: Any, run_dir: str | Path, **options: Any) -> VerlTap:
         raise ValueError(
             f"attach: expected a RayPPOTrainer with {_SCORES}(batch), {_UPDATES}(batch) and fit, "
             f"as verl 0.7.0 to 0.9.0 have it, got {type(trainer).__name__} without "
-            f"{' and '.join(unknown) or 'fit'} of that form; call VerlTap.observe in its loop"
+            f"{' and '.join(unknown) or 'fit'} of that form; call VerlTap.observe where its "
+            f"padded batch is at hand"
         )
     settings = {name: getattr(trainer, name, None) for name in ("config", "tokenizer")}
     tap = VerlTap(run_dir, **{**settings, **options})

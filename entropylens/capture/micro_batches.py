@@ -178,7 +178,6 @@ def _join_preferences(parts: Sequence[PreferenceReading]) -> PreferenceReading:
     return PreferenceReading(
         chosen=chosen,
         paired=paired,
-        margin=joined("margin", 1),
         **{name: joined(name, halves) for name in _OF_SEQUENCES},
     )
 
