@@ -14,7 +14,7 @@ from entropylens_dashboard import exports, findings
 from entropylens_dashboard.desk import HEADLINES, Desk
 from entropylens_dashboard.library import Library
 from entropylens_dashboard.pages import compare, panels, runs, series, vitals
-from entropylens_dashboard.readings import Readings
+from entropylens_dashboard.readings import PHASES, Readings
 
 __all__ = ["create_app"]
 
@@ -49,7 +49,8 @@ def create_app(folder: str | Path, *, prefix: str = "/") -> Dash:
         EntropyLensError: There is no such folder.
     """
     common = [Key(shown.name, "", shown.phase) for panel in PANELS for shown in panel.series]
-    common += [Key(name, "", "train") for name in (*HEADLINES, *findings.NAMES)]
+    common += [Key(name, "", phase) for phase in PHASES for name in HEADLINES]
+    common += [Key(name, "", "train") for name in findings.NAMES]
     desk = Desk(Library(folder), Readings(common=dict.fromkeys(common)), prefix)
     app = _App(
         "entropylens",

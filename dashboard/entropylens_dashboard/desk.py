@@ -18,10 +18,10 @@ from entropylens.figures.drawing import Mark
 from entropylens.store.points import Key
 from entropylens.store.reader import Run
 from entropylens_dashboard.library import Entry, Library
-from entropylens_dashboard.readings import Readings, Stretch
+from entropylens_dashboard.readings import PHASES, Readings, Stretch
 from entropylens_dashboard.sheet import mapping
 
-__all__ = ["HEADLINES", "Desk", "age", "headlines", "marks", "verdict"]
+__all__ = ["HEADLINES", "Desk", "age", "headlines", "looked", "marks", "verdict"]
 
 HEADLINES: Final = (
     "loss/mean",
@@ -79,8 +79,28 @@ def _is_there(entry: Entry) -> bool:
 
 def headlines(desk: Desk, run: Run) -> dict[str, Stretch]:
     """The series of `HEADLINES` that a run has."""
-    found, _ = desk.readings.look(run, [Key(name, "", "train") for name in HEADLINES])
-    return {key.name: stretch for key, stretch in found.items()}
+    return looked(desk, run, HEADLINES)
+
+
+def looked(desk: Desk, run: Run, names: Sequence[str]) -> dict[str, Stretch]:
+    """Series of the whole run by name, of training where there is one, else of the rollouts.
+
+    Args:
+        desk: Where series come from.
+        run: The run.
+        names: Metric names; those that the run lacks are left out.
+
+    Returns:
+        The series.
+
+    Raises:
+        EntropyLensError: Reading took too long.
+    """
+    keys = {phase: [Key(name, "", phase) for name in names] for phase in PHASES}
+    found, _ = desk.readings.look(run, [key for own in keys.values() for key in own])
+    return {
+        key.name: found[key] for phase in reversed(PHASES) for key in keys[phase] if key in found
+    }
 
 
 def events(run: Run) -> list[dict[str, Any]]:

@@ -26,7 +26,10 @@ from entropylens.store.points import (
 )
 from entropylens.store.reader import Cursor, Run
 
-__all__ = ["Readings", "Stretch"]
+__all__ = ["PHASES", "Readings", "Stretch"]
+
+PHASES: Final = ("train", "rollout")
+"""Where a metric that is asked for by its name alone may be, the first that has it is taken."""
 
 QUERY_SECONDS: Final = 20.0
 """How long one request may read."""
@@ -194,9 +197,9 @@ class Readings:
         return found
 
     def names(self, run: Run) -> list[str]:
-        """Names of the series of the whole run, those of training."""
+        """Names of the series of the whole run, those of training and of rollouts."""
         keys = [facts.key for facts in self.series(run)]
-        return sorted({key.name for key in keys if not key.module and key.phase == "train"})
+        return sorted({key.name for key in keys if not key.module and key.phase in PHASES})
 
     # -- memory ----------------------------------------------------------------------------------
 

@@ -230,7 +230,8 @@ class Sheet:
     def pictures(self) -> Iterator[Picture]:
         """The panels that have something to show."""
         for panel, asks in self.panels:
-            most = max(min(POINTS, POINTS_OF_ALL // max(len(asks), 1)), 100)
+            there = sum(ask.key in self._series.get(ask.run_id, {}) for ask in asks)
+            most = max(min(POINTS, POINTS_OF_ALL // max(there, 1)), 100)
             found = [(ask, one) for ask in asks if (one := self._drawn(ask, most)) is not None]
             if any(ask.shown.role == "line" for ask, _ in found):
                 lines = tuple(ask for ask, _ in found)

@@ -249,7 +249,8 @@ def _drawn(x: Floats, y: Floats) -> Floats:
     spread_a, spread_b = aa - a**2 / count, bb - b**2 / count
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = covariance / np.sqrt(spread_a * spread_b)
-        return np.stack([correlation, covariance / spread_a * (y.std() / x.std())])
+        found = correlation, covariance / spread_a * (y.std() / x.std())
+    return np.stack(found).astype(np.float64)
 
 
 def _skill(predicted: Pairs, course: Pairs) -> Skill | None:

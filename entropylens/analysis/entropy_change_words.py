@@ -85,8 +85,8 @@ def _total(found: EntropyChanges) -> str:
     said = (
         f"From step {totals.first:,} to {totals.last:,} the updates should have changed the "
         f"entropy by {totals.predicted:+.3g} nats to first order, and changed it by "
-        f"{totals.measured:+.3g} nats, both on fixed states of the batch that each learned from, in "
-        f"evaluation mode"
+        f"{totals.measured:+.3g} nats, both on fixed states of the batch that each learned from, "
+        f"in evaluation mode"
     )
     if totals.share < 1:
         said += (

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from entropylens.analysis.entropy_change import EntropyChanges, read_entropy_change
+from entropylens.analysis.entropy_change_words import change_sentences
 from entropylens.analysis.entropy_law import (
     EntropyAndReward,
     law_sentences,
@@ -62,6 +64,14 @@ class Overview:
     events: list[dict[str, object]] = field(default_factory=list)
     policy: EntropyAndReward | None = None
     """Of a run that has a reward."""
+    rollout: dict[str, Curve] = field(default_factory=dict)
+    """Series of phase rollout, by metric name."""
+    changes: EntropyChanges | None = None
+    """Of a run that measured what its updates did to the entropy."""
+
+    def curves_of(self, phase: str) -> dict[str, Curve]:
+        """Series of a phase, by metric name."""
+        return {"eval": self.evaluation, "rollout": self.rollout}.get(phase, self.curves)
 
     @property
     def worst(self) -> Spike | None:
@@ -108,13 +118,16 @@ def read_overview(run: Run) -> Overview:
     found = Overview(run, run.state(), curves, read_curves(run, "eval"), spikes, jumps, None)
     compared, around = _stretches(found)
     tokens = run.tokens().to_pandas()
+    rollout = read_curves(run, "rollout")
     return replace(
         found,
         compared=compared,
         tokens=[] if compared is None or tokens.empty else changed_tokens(tokens, *compared),
         samples=worst_samples(run.samples().to_pandas(), around),
         events=run.events().to_arrow().to_pylist(),
-        policy=read_entropy_law(curves, read_curves(run, "rollout")),
+        policy=read_entropy_law(curves, rollout),
+        rollout=rollout,
+        changes=read_entropy_change(run),
     )
 
 
@@ -128,6 +141,7 @@ def sentences(found: Overview) -> list[str]:
         One sentence or two each.
     """
     said = [_course(found), *_losses(found), *map(str, _causes(found)), *_entropies(found)]
+    said += [] if found.changes is None else change_sentences(found.changes)[:2]
     said += [] if found.policy is None else law_sentences(found.policy)
     said += [*_clipping(found), *_own_cost(found), *_faults(found)]
     return [sentence for sentence in said if sentence]

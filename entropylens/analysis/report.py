@@ -1,7 +1,7 @@
 """`write_report`: one self-contained page of what happened in a run."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -11,6 +11,12 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 import entropylens
+from entropylens.analysis.entropy_change import ESTIMATES, Part
+from entropylens.analysis.entropy_change_words import (
+    change_figures,
+    change_rows,
+    change_sentences,
+)
 from entropylens.analysis.entropy_law import law_figures, law_sentences, score_rows
 from entropylens.analysis.overview import (
     Overview,
@@ -22,7 +28,7 @@ from entropylens.analysis.overview import (
 from entropylens.dictionary import definitions
 from entropylens.figures.axes import Axis
 from entropylens.figures.drawing import Drawn, Span, draw, figure
-from entropylens.figures.panels import EVALUATION, PANELS, Panel, unit_of
+from entropylens.figures.panels import PANELS, Panel, unit_of
 from entropylens.store.layout import write_atomically
 from entropylens.store.reader import Run
 
@@ -36,9 +42,9 @@ _SHOWN: Final = ("question", "formula", "unit", "estimator", "high", "low", "sou
 def write_report(run: Run, path: str | Path) -> Path:
     """Write the report of a run: one HTML file that opens offline, in light and dark.
 
-    Loss, entropy band, learning rate, gradient norm, throughput, what happened in sentences, what
-    the reward owes to the entropy, the tokens that changed most, the highest-loss samples, and the
-    log's events.
+    Loss, entropy band, learning rate, gradient norm, throughput, what happened in sentences, why
+    the entropy moved, what the reward owes to it, the tokens that changed most, the highest-loss
+    samples, and the log's events.
 
     Args:
         run: Finished or still being written.
@@ -49,20 +55,23 @@ def write_report(run: Run, path: str | Path) -> Path:
     """
     found = read_overview(run)
     figures = dict(_figures(found))
+    changes = {} if found.changes is None else change_figures(found.changes)
     laws = {} if found.policy is None else law_figures(found.policy)
+    sections = [*_pictures(figures), *_changes(found, changes), *_policy(found, laws)]
+    pictures = {key: picture for key, (_, _, picture) in figures.items()}
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{run.name}: entropylens report"),
         name=escape(run.name),
         state=escape(found.state),
         facts=_facts(found),
         sentences="".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(found)),
-        sections="\n".join([*_pictures(figures), *_policy(found, laws), *_tables(found)]),
+        sections="\n".join([*sections, *_tables(found)]),
         footer=escape(
             f"Written by entropylens {entropylens.__version__} from {run.path} "
             f"(run {run.run_id[:8]}). Everything on this page is in the log beside it."
         ),
         plotly=get_plotlyjs(),
-        figures=_as_script({key: figure for key, (_, _, figure) in figures.items()} | laws),
+        figures=_as_script(pictures | changes | laws),
     )
     target = Path(path)
     write_atomically(target, page.encode("utf-8", "replace"))
@@ -94,7 +103,7 @@ def _figures(found: Overview) -> Iterator[tuple[str, Picture]]:
 
 def _drawn(found: Overview, panel: Panel) -> Iterator[Drawn]:
     for shown in panel.series:
-        curves = found.evaluation if shown.phase == EVALUATION else found.curves
+        curves = found.curves_of(shown.phase)
         if shown.name in curves:
             curve = curves[shown.name]
             yield draw(shown, curve.steps, curve.values, key=shown.name)
@@ -131,12 +140,52 @@ def _pictures(figures: Mapping[str, Picture]) -> Iterator[str]:
         )
 
 
+def _changes(found: Overview, figures: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    changes = found.changes
+    if changes is None:
+        return
+    names = [name for name, _ in ESTIMATES.values()]
+    names = ["entropy/change/measured", *(name for name in names if name in found.curves)]
+    yield _section("Why the entropy moved", change_sentences(changes), figures, _explained(names))
+    heads = ["estimate", "read from", "steps", "correlation (95 %)", "rank correlation"]
+    heads += ["slope (95 %)", "explained by y = x", "over states"]
+    note = (
+        "Measured change of the entropy in a step against each estimate's mean over the step. "
+        "exact is the derivative along the whole update, at the states that are measured; the "
+        "others know each token's own numbers only, are means over the tokens learned from, and "
+        "have a unit of their own: nats per unit logit step. clip_b is the mean of -S A, without "
+        "clipping and importance ratio. The last column correlates the states of one step, median."
+    )
+    rows = [[escape(cell) for cell in row] for row in change_rows(changes)]
+    yield _table("What foretells the change of the entropy", note, heads, rows)
+    kinds = (("Tokens", "token", changes.tokens), ("Samples", "sample", changes.samples))
+    for title, kind, parts in kinds:
+        if parts:
+            note = (
+                f"Predicted changes of the entropy where the {kind} stands, summed over the up to "
+                f"16 states of each measured update that it changes most: a selection of extremes, "
+                f"not a share of the whole."
+            )
+            heads = [kind, "sum, nats", "a state", "states"]
+            yield _table(f"{title} where updates move the entropy most", note, heads, _rows(parts))
+
+
+def _rows(parts: Sequence[Part]) -> list[list[str]]:
+    return [
+        [
+            _code(part.name),
+            f"{part.change:+.3g}",
+            f"{part.change / part.count:+.2g}",
+            f"{part.count:,}",
+        ]
+        for part in parts
+    ]
+
+
 def _policy(found: Overview, laws: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     if found.policy is None:
         return
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in law_sentences(found.policy))
-    plots = "".join(f'<figure><div class="plot" id="{key}"></div></figure>' for key in laws)
-    yield f"<section><h2>Entropy and reward</h2>{said}{plots}</section>"
+    yield _section("Entropy and reward", law_sentences(found.policy), laws)
     heads = ["known", "forecast", "interval", "happened", "inside", "error (steps)"]
     heads += ["if it stayed as it was", "by a straight line"]
     rows = [[escape(cell) for cell in row] for row in score_rows(found.policy)]
@@ -147,6 +196,13 @@ def _policy(found: Overview, laws: Mapping[str, dict[str, Any]]) -> Iterator[str
             "columns are the errors of rivals that know less."
         )
         yield _table("Forecasts of the end of entropy", note, heads, rows)
+
+
+def _section(title: str, said: Sequence[str], keys: Iterable[str], more: str = "") -> str:
+    """A section of sentences and figures; ``more`` is HTML."""
+    words = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+    plots = "".join(f'<figure><div class="plot" id="{key}"></div></figure>' for key in keys)
+    return f"<section><h2>{escape(title)}</h2>{words}{plots}{more}</section>"
 
 
 def _explained(names: Sequence[str]) -> str:

@@ -9,9 +9,10 @@ from entropylens.dictionary import definition
 from entropylens.errors import EntropyLensError
 from entropylens.figures.colours import COLOURS
 
-__all__ = ["EVALUATION", "PANELS", "Panel", "Shown", "panel_of", "unit_of"]
+__all__ = ["EVALUATION", "PANELS", "ROLLOUT", "Panel", "Shown", "panel_of", "unit_of"]
 
 EVALUATION: Final = "eval"
+ROLLOUT: Final = "rollout"
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ PANELS: Final = (
         "reward",
         "Reward",
         (
-            Shown("reward/mean", "mean reward", "green"),
-            Shown("framework/reward", "reward, as the trainer logs it", "green"),
+            Shown("reward/mean", "mean reward", "green", phase=ROLLOUT),
+            Shown("framework/reward", "reward, as the trainer logs it", "orange"),
             Shown("framework/rewards/margins", "reward margin", "blue"),
         ),
     ),
@@ -74,11 +75,37 @@ PANELS: Final = (
         ),
     ),
     Panel(
+        "groups",
+        "Groups of completions that teach nothing",
+        (
+            Shown("group/no_spread/share", "equal rewards", "purple", phase=ROLLOUT),
+            Shown("group/all_correct/share", "all right", "green", phase=ROLLOUT),
+            Shown("group/all_wrong/share", "all wrong", "red", phase=ROLLOUT),
+        ),
+    ),
+    Panel(
+        "diversity",
+        "Answers",
+        (
+            Shown("answer/distinct/share", "different ones of a group", "blue", phase=ROLLOUT),
+            Shown("pass_at/1", "right ones (pass@1)", "green", phase=ROLLOUT),
+        ),
+    ),
+    Panel(
         "change",
         "Entropy change in a step",
         (
             Shown("entropy/change/predicted", "predicted", "blue"),
             Shown("entropy/change/measured", "measured", "orange"),
+        ),
+    ),
+    Panel(
+        "covariance",
+        "Covariance of log-probability and advantage",
+        (
+            Shown("covariance/total/mean", "over the batch", "grey"),
+            Shown("covariance/within/mean", "within states", "blue"),
+            Shown("covariance/between/mean", "between states", "orange"),
         ),
     ),
     Panel(
@@ -98,6 +125,28 @@ PANELS: Final = (
             Shown("framework/kl", "KL, as the trainer logs it", "blue"),
             Shown("control/gate", "gate", "orange"),
             Shown("control/step_scale", "step scale", "green"),
+        ),
+    ),
+    Panel(
+        "ratio",
+        "Importance ratios",
+        (
+            Shown("ratio/effective_sample_size/share", "effective sample size", "blue"),
+            Shown("clip/region/share", "in the clipped region", "orange"),
+        ),
+    ),
+    Panel(
+        "mismatch",
+        "Sampler against trainer",
+        (Shown("mismatch/kl", "KL divergence", "red"),),
+    ),
+    Panel(
+        "length",
+        "Length of completions",
+        (
+            Shown("completion/length/p50", "50 %", role="low", phase=ROLLOUT),
+            Shown("completion/length/p95", "50-95 %", role="high", phase=ROLLOUT),
+            Shown("completion/length/mean", "mean", "blue", phase=ROLLOUT),
         ),
     ),
     Panel(

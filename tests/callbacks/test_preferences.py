@@ -152,7 +152,7 @@ def test_evaluation_and_other_forwards_are_not_looked_at(tmp_path: Path) -> None
     trainer.eval_dataset = trainer.train_dataset
     evaluations = []
 
-    class Evaluating(TrainerCallback):
+    class Evaluating(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             control.should_evaluate = True
             return control

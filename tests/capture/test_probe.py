@@ -115,7 +115,7 @@ def test_an_operation_without_a_forward_derivative_is_noticed() -> None:
 
     torch.manual_seed(0)
     model = tiny.llama()
-    model.model.norm.register_forward_hook(lambda module, args, out: Opaque.apply(out))
+    model.model.norm.register_forward_hook(lambda module, args, out: Opaque.apply(out))  # type: ignore[no-untyped-call]
     ids = batch()
     probe = kept(model, ids)
     reading = probe.reading(*step(model, ids, 0.1), 1.0)

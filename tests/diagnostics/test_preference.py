@@ -16,7 +16,7 @@ SIDES = ("chosen", "rejected")
 def measured(reading: PreferenceReading) -> dict[str, tuple[float, float]]:
     """Value and weight by metric, without what carries no weight."""
     blocks, _ = Preference().measure(reading, None)
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     for block in blocks:
         columns = (block.columns["name"], block.columns["value"], block.columns["weight"])
         found |= {n: (float(v), float(w)) for n, v, w in zip(*columns, strict=True) if w > 0}

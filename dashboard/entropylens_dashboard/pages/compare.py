@@ -13,11 +13,11 @@ from entropylens.analysis.overview import number
 from entropylens.analysis.settings import differences, seed_groups
 from entropylens.errors import EntropyLensError
 from entropylens.figures.panels import Panel, Shown
-from entropylens.store.points import Key
 from entropylens.store.reader import Run
 from entropylens_dashboard.components import control
-from entropylens_dashboard.desk import Desk
+from entropylens_dashboard.desk import Desk, looked
 from entropylens_dashboard.pages.panels import MOST_RUNS, SLOW_MILLISECONDS, controls, frame, spread
+from entropylens_dashboard.readings import PHASES
 from entropylens_dashboard.sheet import Ask, Sheet, View, mapping, texts
 
 __all__ = ["layout", "register", "sheet"]
@@ -105,7 +105,10 @@ def sheet(desk: Desk, spec: Mapping[str, Any], view: View, chosen: Mapping[str, 
         asks = []
         for run_id, entry in found.items():
             colour, dash = desk.colour(run_id)
-            asks.append(Ask(run_id, Shown(name, entry.name, colour), dash=dash))
+            asks += [
+                Ask(run_id, Shown(name, entry.name, colour, phase=phase), dash=dash)
+                for phase in PHASES
+            ]
         panels.append((Panel(name, name, tuple(ask.shown for ask in asks)), asks))
     runs = {run_id: entry.run for run_id, entry in found.items() if entry.run is not None}
     base = chosen.get("baseline")
@@ -180,10 +183,10 @@ def _outcome(desk: Desk, runs: Sequence[Run], names: Sequence[str]) -> tuple[Any
 
 def _finals(desk: Desk, run: Run, names: Sequence[str]) -> dict[str, float | None]:
     try:
-        found, _ = desk.readings.look(run, [Key(name, "", "train") for name in names])
+        found = looked(desk, run, names)
     except EntropyLensError:
         return {}
-    return {key.name: final_value(s.steps, s.values).value for key, s in found.items()}
+    return {name: final_value(s.steps, s.values).value for name, s in found.items()}
 
 
 def _interval(values: Sequence[float]) -> str:

@@ -1,6 +1,7 @@
 """One run on one screen: is it healthy, and if not, since when and why."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import dash_mantine_components as dmc
@@ -9,7 +10,7 @@ from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_u
 from entropylens.errors import EntropyLensError
 from entropylens.figures.axes import Axis
 from entropylens.figures.drawing import marks_figure
-from entropylens.figures.panels import PANELS, panel_of
+from entropylens.figures.panels import PANELS, Panel, panel_of
 from entropylens_dashboard.components import control, said, state_badge, verdict_line
 from entropylens_dashboard.desk import Desk, events, facts, headlines, marks, verdict
 from entropylens_dashboard.findings import findings
@@ -21,7 +22,7 @@ from entropylens_dashboard.pages.panels import (
     register_slow,
     spread,
 )
-from entropylens_dashboard.readings import Stretch
+from entropylens_dashboard.readings import PHASES, Stretch
 from entropylens_dashboard.sheet import Ask, Sheet, View, texts
 
 __all__ = ["layout", "register", "sheet"]
@@ -87,7 +88,7 @@ def layout(desk: Desk, entry: Entry, query: Mapping[str, str]) -> Any:
 def sheet(desk: Desk, spec: Mapping[str, Any], view: View, chosen: Mapping[str, Any]) -> Sheet:
     """The panels of vital signs, and those that were added."""
     found = desk.find(spec["runs"][:1])
-    added = [panel_of([name]) for name in _added(chosen)]
+    added = [_panel(name) for name in _added(chosen)]
     panels = [
         (panel, [Ask(run_id, shown) for run_id in found for shown in panel.series])
         for panel in (*PANELS, *added)
@@ -187,6 +188,14 @@ def _extent(series: Mapping[str, Stretch], by: str) -> tuple[float, float] | Non
         places = [s.steps if by == "step" else s.times for s in series.values()]
         edges = [edge for place in places for edge in (place[0], place[-1])]
     return (float(min(edges)), float(max(edges))) if edges else None
+
+
+def _panel(name: str) -> Panel:
+    """A series that a person added, of whichever phase."""
+    plain = panel_of([name])
+    return replace(
+        plain, series=tuple(replace(one, phase=p) for one in plain.series for p in PHASES)
+    )
 
 
 def _added(chosen: Mapping[str, Any]) -> list[str]:
