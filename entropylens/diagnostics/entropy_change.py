@@ -60,6 +60,14 @@ METRICS: Final[Mapping[str, Metric]] = {
         "the policy became less sure where it was asked",
         "the policy became more sure where it was asked",
     ),
+    "entropy/change/extrapolated": _metric(
+        "By how much would the entropy change if the logits moved by their first-order change?",
+        "mean over states of H(z + dz) - H(z), dz as for predicted: first order in the network, "
+        "exact in the softmax",
+        "as predicted; where it is nearer to measured than predicted is, the softmax bends and not "
+        "the network",
+        "as predicted; it cannot take more entropy from a state than there is",
+    ),
     "entropy/change/exact/share": _metric(
         "Was the derivative along the update differentiated, or a finite difference?",
         "1 forward-mode differentiation, 0 central difference of half the update to either side",
@@ -132,10 +140,11 @@ def entropy_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return entropy, p * (logp + entropy[:, None])
 
 
-def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
     """By how much does each distribution's entropy change, to first order and in truth?
 
-    ``-sum_i S_i dz_i`` and ``H(after) - H(before)``, in float64 where the device has it.
+    ``-sum_i S_i dz_i``, ``H(after) - H(before)`` and ``H(before + dz) - H(before)``, in float64
+    where the device has it.
 
     Args:
         before: ``[m, V]`` logits.
@@ -143,7 +152,7 @@ def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Te
         direction: ``[m, V]`` first-order change of the logits, dz.
 
     Returns:
-        Predicted and measured change, ``[m]`` each, nats.
+        Predicted, measured and extrapolated change, ``[m]`` each, nats.
 
     Device: the logits'; no host synchronisation.
     Cost: O(m V); at most some 150 MiB beyond the logits.
@@ -151,20 +160,21 @@ def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Te
 
     Example:
         >>> z, dz = torch.tensor([[2.0, 0.0]]), torch.tensor([[1e-3, 0.0]])
-        >>> predicted, measured = entropy_change(z, z + dz, dz)
+        >>> predicted, measured, _ = entropy_change(z, z + dz, dz)
         >>> bool((predicted / measured - 1).abs() < 1e-3), bool(predicted < 0)
         (True, True)
     """
     rows = max(_BLOCK // before.shape[1], 1)
     kind = wide_dtype(before)
-    predicted, measured = [], []
+    changes = []
     parts = (tensor.split(rows) for tensor in (before, after, direction))
     for old, new, change in zip(*parts, strict=True):
         entropy, discriminator = entropy_of(old.to(kind))
-        slope = torch.where(discriminator == 0, 0.0, discriminator * change)
-        predicted.append(-slope.sum(-1))
-        measured.append(entropy_of(new.to(kind))[0] - entropy)
-    return torch.cat(predicted), torch.cat(measured)
+        # A class that is masked (-inf) has no discriminator and moves nowhere.
+        moved = torch.where(discriminator == 0, 0.0, change.to(kind))
+        found = [entropy_of(logits.to(kind))[0] - entropy for logits in (new, old + moved)]
+        changes.append(torch.stack([-(discriminator * moved).sum(-1), *found]))
+    return tuple(torch.cat(changes, 1))
 
 
 @diagnostic(
@@ -178,12 +188,15 @@ class EntropyChange(Diagnostic):
 
     def measure(self, reading: ProbeReading, state: Any) -> tuple[list[Block], Any]:
         """Compare the states of one step before and after its update."""
-        predicted, measured = entropy_change(reading.before, reading.after, reading.direction)
+        predicted, measured, extrapolated = entropy_change(
+            reading.before, reading.after, reading.direction
+        )
         weight = reading.weight.to(predicted.dtype)
         total = weight.sum()
-        means = torch.stack([_mean(predicted, weight), _mean(measured, weight)])
+        means = torch.stack([_mean(c, weight) for c in (predicted, measured, extrapolated)])
         exact = torch.full_like(means[:1], float(reading.is_exact))
-        names = [f"entropy/change/{name}" for name in ("predicted", "measured", "exact/share")]
+        kinds = ("predicted", "measured", "extrapolated", "exact/share")
+        names = [f"entropy/change/{name}" for name in kinds]
         blocks = [Block.metrics(names, torch.cat([means, exact]).float(), weight=total)]
         estimates = {EXACT: predicted}
         if reading.advantage is not None:

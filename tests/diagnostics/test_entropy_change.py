@@ -54,7 +54,7 @@ def test_the_predicted_change_is_the_covariance_of_lemma_1() -> None:
     """I3: dH = -Cov_p(log p, dz)."""
     generator = torch.Generator().manual_seed(1)
     before, direction = (torch.randn(30, 12, generator=generator) for _ in range(2))
-    predicted, _ = entropy_change(before, before, direction)
+    predicted, *_ = entropy_change(before, before, direction)
     logp = before.double().log_softmax(-1)
     p, dz = logp.exp(), direction.double()
     means = [(p * value).sum(-1, keepdim=True) for value in (logp, dz)]
@@ -66,15 +66,26 @@ def test_the_predicted_change_is_the_covariance_of_lemma_1() -> None:
 def test_prediction_and_measurement_part_with_the_square_of_the_step(scale: float) -> None:
     generator = torch.Generator().manual_seed(2)
     before, direction = (torch.randn(50, 30, generator=generator).double() for _ in range(2))
-    predicted, measured = entropy_change(before, before + scale * direction, scale * direction)
+    predicted, measured, _ = entropy_change(before, before + scale * direction, scale * direction)
     assert torch.allclose(measured, entropy(before + scale * direction) - entropy(before))
     assert float((predicted - measured).abs().max()) < 2 * scale**2 * 8
+
+
+def test_extrapolated_is_first_order_in_the_logits_and_exact_in_the_softmax() -> None:
+    generator = torch.Generator().manual_seed(3)
+    before, direction = (torch.randn(20, 9, generator=generator) for _ in range(2))
+    _, _, extrapolated = entropy_change(before, before, 3 * direction)
+    expected = entropy((before + 3 * direction).double()) - entropy(before.double())
+    assert torch.allclose(extrapolated, expected, atol=1e-6)
+    sure = torch.tensor([[3.0, 0.0, 0.0]])
+    predicted, _, bounded = entropy_change(sure, sure, torch.tensor([[9.0, 0.0, 0.0]]))
+    assert predicted < -entropy(sure).item() < bounded
 
 
 def test_masked_classes_and_certain_distributions_are_no_nan() -> None:
     before = torch.tensor([[0.0, 1.0, -torch.inf], [200.0, 0.0, 0.0]])
     direction = torch.tensor([[0.1, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    predicted, measured = entropy_change(before, before + direction, direction)
+    predicted, measured, _ = entropy_change(before, before + direction, direction)
     assert bool(predicted.isfinite().all() & measured.isfinite().all())
     assert predicted[1].abs() < 1e-30
 
@@ -86,7 +97,7 @@ def test_states_without_weight_count_for_nothing() -> None:
     broken[nothing] = torch.nan
     weighted = replace(reading, before=broken, weight=(~nothing).float() * 2)
     found, _ = values_of(weighted)
-    predicted, measured = entropy_change(reading.before, reading.after, reading.direction)
+    predicted, measured, _ = entropy_change(reading.before, reading.after, reading.direction)
     kept = ~nothing
     assert found["entropy/change/predicted", ""] == pytest.approx(float(predicted[kept].mean()))
     assert found["entropy/change/measured", ""] == pytest.approx(float(measured[kept].mean()))
@@ -102,7 +113,7 @@ def test_the_four_cells_and_the_tokens_without_advantage_add_up() -> None:
     advantage = reading.advantage.clone()
     advantage[:5] = 0.0
     found, _ = values_of(replace(reading, advantage=advantage))
-    predicted, _ = entropy_change(reading.before, reading.after, reading.direction)
+    predicted, *_ = entropy_change(reading.before, reading.after, reading.direction)
     cells = sum(found[f"entropy/change/cell/{cell}", ""] for cell in CELLS)
     assert cells + float(predicted[:5].sum() / 24) == pytest.approx(
         found["entropy/change/predicted", ""], rel=1e-5
@@ -141,7 +152,7 @@ def test_the_rows_of_the_tokens_table_are_those_that_change_most() -> None:
     reading = probe()
     blocks, _ = EntropyChange().measure(reading, None)
     rows = next(block for block in blocks if block.table == "tokens").columns
-    predicted, _ = entropy_change(reading.before, reading.after, reading.direction)
+    predicted, *_ = entropy_change(reading.before, reading.after, reading.direction)
     largest = predicted.abs().sort(descending=True).values[:16].float()
     assert torch.equal(rows["predicted_entropy_change"].abs(), largest)
     assert set(rows["selection"]) == {"change"}
