@@ -4,16 +4,20 @@
   state's own, so that tenths of the states lie below 0.6 and above 5.2 nats; one action drawn from
   each, A ~ N(0, 1). What each estimate predicts for the state is compared with what one step of a
   tabular softmax, ``dz = 1e-3 A (e_a - p)``, does to its entropy in float64.
+- ``run``: the log of a training, by default the sample run that collapses. What each estimate said
+  of a step against what the update did to the entropy, what that comes to over the run, and when
+  the end of the entropy could have been foretold. Left out where there is no such log.
 
-    python -m benchmarks.entropy_change [--cells NAME ...] [--out DIR]
+    python -m benchmarks.entropy_change [--cells NAME ...] [--log RUN] [--out DIR]
 
-A table is printed, and each cell's numbers are written to ``out/entropy_change/<cell>.json``.
+Tables are printed, and each cell's numbers are written to ``out/entropy_change/<cell>.json``.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +27,135 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from entropylens.analysis.entropy_change import read_entropy_change
+from entropylens.analysis.entropy_law import read_entropy_law
+from entropylens.analysis.overview import read_curves
 from entropylens.diagnostics._estimators import ESTIMATORS, TokenParts
+from entropylens.errors import EntropyLensError
+from entropylens.store.reader import open_run
 
 EXPONENTS = (0.6, 3.45)
 """Of Zipf's law, from the flattest to the steepest state."""
 NOISE = 0.3
 """Standard deviation of a logit around the law, before the exponent multiplies it."""
 STEP = 1e-3
+LOG = Path("sample_runs/grpo_countdown/logs/collapse")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cells", nargs="*", choices=CELLS, help="only these")
+    parser.add_argument("--log", type=Path, default=LOG, help="the training that `run` reads")
     parser.add_argument("--out", type=Path, default=Path("out/entropy_change"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    for name in asked.cells or CELLS:
-        found = CELLS[name]()
+    cells = CELLS if asked.log.exists() else [name for name in CELLS if name != "run"]
+    for name in asked.cells or cells:
+        found = run(asked.log) if name == "run" else CELLS[name]()
         (asked.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        Console().print(table(name, found))
+        for shown in TABLES[name](name, found):
+            Console().print(shown)
     return 0
 
 
-def table(title: str, found: dict[str, Any]) -> Table:
+def synthetic_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
     shown = Table("estimate", "PCC", "SRCC", "sign agreement", title=title)
     for name in ESTIMATORS:
         shown.add_row(
             name, *(f"{found[key][name]:.3f}" for key in ("pcc", "srcc", "sign_agreement"))
         )
-    return shown
+    return [shown]
+
+
+def run_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
+    heads = ["estimate", "steps", "correlation", "95 %", "rank", "slope", "95 %", "over states"]
+    agreements = Table(*heads, title=f"{title}: {found['log']}")
+    for name, one in found["estimates"].items():
+        keys = ("steps", "correlation", "correlation_interval", "rank_correlation", "slope")
+        values = [one[key] for key in (*keys, "slope_interval", "at_states")]
+        agreements.add_row(name, *map(_text, values))
+    course = Table("over the run", "", title="what it comes to")
+    for key in ("first", "last", "measured_steps", "predicted", "measured", "entropy"):
+        course.add_row(key, _text(found["totals"][key]))
+    for cell, value in found["totals"]["cells"].items():
+        course.add_row(f"predicted, {cell}", _text(value))
+    course.add_row("explained by y = x", _text(found["identity"]))
+    for key, value in (found["next_rollouts"] or {}).items():
+        course.add_row(f"next rollouts, {key}", _text(value))
+    keys = ("share", "step", "interval", "actual", "error", "persistence", "straight_line")
+    forecasts = Table(*keys, title="the end of the entropy, foretold")
+    for one in found["forecasts"]:
+        forecasts.add_row(*(_text(one[key]) for key in keys))
+    return [agreements, course, forecasts]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_text, value))
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+
+def run(log: Path = LOG) -> dict[str, Any]:
+    """What a training's log says of why its entropy moved, and of its end.
+
+    Args:
+        log: A run's directory.
+
+    Returns:
+        ``estimates`` by name, ``identity``, ``next_rollouts``, ``totals``, ``tokens``, ``samples``
+        and ``forecasts``; a number that is not known or not finite is None.
+
+    Raises:
+        EntropyLensError: There is no run, or one that did not measure changes of the entropy.
+    """
+    logged = open_run(log)
+    changes = read_entropy_change(logged)
+    if changes is None:
+        raise EntropyLensError(
+            f"entropy_change: expected a log with entropy/change/measured, got {log}; train with "
+            f"diagnostics={{'entropy_change': 1}}"
+        )
+    law = read_entropy_law(read_curves(logged), read_curves(logged, "rollout"))
+    estimates = {one.name: asdict(one) for one in changes.agreements}
+    found = {
+        "log": str(log),
+        "run_id": logged.run_id,
+        "estimates": estimates,
+        "identity": estimates["exact"]["identity"] if "exact" in estimates else None,
+        "next_rollouts": None if changes.skill is None else asdict(changes.skill),
+        "totals": asdict(changes.totals),
+        "tokens": [asdict(part) for part in changes.tokens],
+        "samples": [asdict(part) for part in changes.samples],
+        "forecasts": []
+        if law is None
+        else [
+            {
+                "share": one.share,
+                "step": one.forecast.step,
+                "interval": [one.forecast.low, one.forecast.high],
+                "actual": one.actual,
+                "is_inside": one.is_inside,
+                "error": one.error,
+                "persistence": one.persistence_error,
+                "straight_line": one.straight_line_error,
+            }
+            for one in law.scores
+        ],
+    }
+    return dict(_plain(found))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say: lists for tuples, None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(value) if np.isfinite(value) else None
+    return value
 
 
 def synthetic(states: int = 4000, vocabulary: int = 500, seed: int = 0) -> dict[str, Any]:
@@ -105,7 +209,11 @@ def entropies(logits: torch.Tensor) -> torch.Tensor:
     return -(logp.exp() * logp).sum(1)
 
 
-CELLS: dict[str, Callable[[], dict[str, Any]]] = {"synthetic": synthetic}
+CELLS: dict[str, Callable[[], dict[str, Any]]] = {"synthetic": synthetic, "run": run}
+TABLES: dict[str, Callable[[str, Mapping[str, Any]], list[Table]]] = {
+    "synthetic": synthetic_tables,
+    "run": run_tables,
+}
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class TokenReading:
     sample_ids: Sequence[str] | None = None
     """Identifier of each sequence, where the loop gave them."""
     vocabulary: int
-    """Number of classes, V."""
+    """Number of classes, V; 0 where it is not known."""
     grids: Sequence[tuple[int, int]] | None = None
     """``(rows, columns)`` of each micro-batch when every position is there in order, else None."""
 
@@ -224,8 +224,9 @@ class RolloutReading:
 
     group: Tensor | None = None
     """``[n]`` long: index of the prompt, 0 .. groups - 1; members of a group stand together."""
-    group_size: int = 1
-    """Completions of each prompt, G; ``n`` is a multiple of it."""
+    group_size: int | None = None
+    """Completions of each prompt, G; ``n`` is a multiple of it. None where groups are not known, or
+    not all of one size: what compares them is then absent."""
     reward: Tensor | None = None
     """``[n]`` total reward as the trainer weighs it; NaN where nothing could be scored."""
     rewards: Mapping[str, Tensor] = field(default_factory=dict)

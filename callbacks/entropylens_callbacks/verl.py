@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import entropylens as el
-from entropylens.diagnostics.reward_components import scored_std
 from entropylens_callbacks import loggable
 
 __all__ = ["VerlTap", "attach"]
@@ -161,27 +160,17 @@ class VerlTap:
         number: int,
         seconds: float | None,
     ) -> None:
-        """Show completions with their groups standing together, where groups are of one size.
-
-        A `RolloutReading` has one size: of unequal groups only what is each completion's own is
-        written.
-        """
+        """Show completions, with their groups standing together where these are of one size."""
         size = _common_size(group)
-        known = {"token_id": found["responses"], "mask": _generated(found)}
+        known = {"token_id": found["responses"], "mask": _generated(found), **of_completions}
         truncated = self._truncated(known["token_id"], known["mask"])
         if truncated is not None:
             known["truncated"] = truncated
         if group is not None and size is not None:
             order = group.argsort(stable=True)
-            known |= {"group": group, **of_completions}
-            known = {name: values[order] for name, values in known.items()}
+            known = {name: values[order] for name, values in {"group": group, **known}.items()}
             parts = {name: values[order] for name, values in parts.items()}
-            self.lens.observe_rollout(group_size=size, rewards=parts, seconds=seconds, **known)
-            return
-        self.lens.observe_rollout(rewards=parts, seconds=seconds, **known)
-        if "reward" in of_completions:
-            summary = _summary(of_completions["reward"])
-            self.lens.log(summary, source="reward", phase="rollout", step=number)
+        self.lens.observe_rollout(group_size=size, rewards=parts, seconds=seconds, **known)
 
     def _truncated(self, token_id: Tensor, mask: Tensor) -> Tensor | None:
         """``[B]`` bool: reached the length limit without an end; None where ends are not known."""
@@ -445,20 +434,6 @@ def _components(batch: Any, device: torch.device) -> dict[str, Tensor]:
 
 def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | np.bool_ | np.number)
-
-
-def _summary(reward: Tensor) -> dict[str, float]:
-    """Mean, standard deviation and bounds of the rewards that are known."""
-    known = reward[~reward.isnan()]
-    if not known.numel():
-        return {}
-    summary = {"mean": known.double().mean(), "min": known.amin(), "max": known.amax()}
-    if known.numel() > 1:
-        summary["std"] = scored_std(known)
-    return {name: float(value) for name, value in summary.items()}
-
-
-# -- its settings ----------------------------------------------------------------------------------
 
 
 def _plain(config: Any) -> dict[str, Any]:

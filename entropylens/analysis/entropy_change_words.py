@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from entropylens.analysis.entropy_change import CELLS, ESTIMATES, LEVEL, REST, EntropyChanges
+from entropylens.analysis.entropy_change import CELLS, LEVEL, REST, EntropyChanges
 from entropylens.figures.change import cell_figure, course_figure, step_figure
 
 __all__ = ["change_figures", "change_rows", "change_sentences"]
@@ -58,21 +58,21 @@ def change_rows(found: EntropyChanges) -> list[list[str]]:
         found: From `read_entropy_change`.
 
     Returns:
-        Estimate, what it is read from, steps, correlation and interval, rank correlation, slope
-        and interval, what the identity explains (of the exact one alone: the others have another
-        unit), correlation over the states of a step.
+        Estimate, steps, correlation and its interval, rank correlation, slope and its interval,
+        what the identity explains (of the exact one alone: the others have another unit), and the
+        correlation over the states of a step.
     """
     rows = []
     for one in found.agreements:
-        metric, sign = ESTIMATES[one.name]
         rows.append(
             [
                 one.name,
-                f"{'-' if sign < 0 else ''}{metric}",
                 f"{one.steps:,}",
-                f"{one.correlation:.3f} ({_between(one.correlation_interval, '.3f')})",
+                f"{one.correlation:.3f}",
+                _between(one.correlation_interval, ".3f"),
                 f"{one.rank_correlation:.3f}",
-                f"{one.slope:.3g} ({_between(one.slope_interval, '.3g')})",
+                f"{one.slope:.3g}",
+                _between(one.slope_interval, ".3g"),
                 f"{one.identity:.3f}" if one.name == "exact" else "-",
                 f"{one.at_states:.3f}" if np.isfinite(one.at_states) else "-",
             ]
@@ -132,7 +132,7 @@ def _cells(found: EntropyChanges) -> list[str]:
     listed = _listed(
         [
             f"{'tokens' if at == 0 else 'those'} with {name} "
-            f"{'gave back' if value * total < 0 else 'made'} {abs(value / total):.0%}"
+            f"{'gave back' if value * total < 0 else 'took'} {abs(value / total):.0%}"
             for at, (name, value) in enumerate(shown)
         ]
     )

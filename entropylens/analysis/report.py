@@ -147,16 +147,18 @@ def _changes(found: Overview, figures: Mapping[str, dict[str, Any]]) -> Iterator
     names = [name for name, _ in ESTIMATES.values()]
     names = ["entropy/change/measured", *(name for name in names if name in found.curves)]
     yield _section("Why the entropy moved", change_sentences(changes), figures, _explained(names))
-    heads = ["estimate", "read from", "steps", "correlation (95 %)", "rank correlation"]
-    heads += ["slope (95 %)", "explained by y = x", "over states"]
+    heads = ["estimate", "steps", "correlation", "95 %", "rank correlation", "slope", "95 %"]
+    heads += ["explained by y = x", "over states"]
     note = (
         "Measured change of the entropy in a step against each estimate's mean over the step. "
         "exact is the derivative along the whole update, at the states that are measured; the "
         "others know each token's own numbers only, are means over the tokens learned from, and "
-        "have a unit of their own: nats per unit logit step. clip_b is the mean of -S A, without "
-        "clipping and importance ratio. The last column correlates the states of one step, median."
+        "have a unit of their own: nats per unit logit step. natural_gradient, clip_b and "
+        "token_covariance are covariance/within, policy_gradient and total, with the sign turned, "
+        "without clipping and importance ratio. The last column correlates the states of one step, "
+        "median."
     )
-    rows = [[escape(cell) for cell in row] for row in change_rows(changes)]
+    rows = [[_code(name), *cells] for name, *cells in change_rows(changes)]
     yield _table("What foretells the change of the entropy", note, heads, rows)
     kinds = (("Tokens", "token", changes.tokens), ("Samples", "sample", changes.samples))
     for title, kind, parts in kinds:

@@ -145,19 +145,22 @@ class GroupRewards(Diagnostic):
     """Groups without differences in reward, and how rewards spread within and between groups."""
 
     def measure(self, reading: RolloutReading, state: Any) -> tuple[list[Block], Any]:
-        """Compare the completions of each prompt of one rollout."""
-        return _reward_block(reading) + _correctness_block(reading), state
+        """Compare the completions of each prompt of one rollout, where its groups are known."""
+        size = reading.group_size
+        if size is None:
+            return [], state
+        return _reward_block(reading, size) + _correctness_block(reading, size), state
 
 
-def _reward_block(reading: RolloutReading) -> list[Block]:
+def _reward_block(reading: RolloutReading, size: int) -> list[Block]:
     if reading.reward is None:
         return []
-    reward = reading.reward.view(-1, reading.group_size)
+    reward = reading.reward.view(-1, size)
     scored = ~reward.isnan()
     groups = torch.ones_like(reward[:, 0])
     several, some = scored.sum(-1) > 1, scored.any(-1)
     means = torch.where(some, weighted_mean(reward, scored), torch.nan)
-    judged = groups if reading.group_size > 1 else torch.zeros_like(groups)
+    judged = groups if size > 1 else torch.zeros_like(groups)
     values = {
         "no_spread/share": (share_where(has_no_spread(reward), judged), judged.sum()),
         "unscorable/share": (share_where(~scored.all(-1), groups), groups.sum()),
@@ -173,9 +176,9 @@ def _reward_block(reading: RolloutReading) -> list[Block]:
     ]
 
 
-def _correctness_block(reading: RolloutReading) -> list[Block]:
+def _correctness_block(reading: RolloutReading, size: int) -> list[Block]:
     if reading.correct is None:
         return []
-    kinds, known = group_correctness(reading.correct.view(-1, reading.group_size))
+    kinds, known = group_correctness(reading.correct.view(-1, size))
     names = [f"group/{name}/share" for name in ("all_correct", "all_wrong", "mixed")]
     return [Block.metrics(names, share_where(kinds, known.float()), weight=known.sum().float())]

@@ -146,12 +146,14 @@ class PassAtK(Diagnostic):
     """Chance of a right answer in k attempts, and how the answers to a prompt differ."""
 
     def measure(self, reading: RolloutReading, state: Any) -> tuple[list[Block], Any]:
-        """Compare the answers to each prompt of one rollout."""
-        return _pass_block(reading) + _answer_block(reading), state
+        """Compare the answers to each prompt of one rollout, where its groups are known."""
+        size = reading.group_size
+        if size is None:
+            return [], state
+        return _pass_block(reading, size) + _answer_block(reading, size), state
 
 
-def _pass_block(reading: RolloutReading) -> list[Block]:
-    size = reading.group_size
+def _pass_block(reading: RolloutReading, size: int) -> list[Block]:
     if reading.correct is None:
         return []
     correct = reading.correct.view(-1, size)
@@ -162,8 +164,7 @@ def _pass_block(reading: RolloutReading) -> list[Block]:
     return [Block.metrics(names, weighted_mean(chances, known), weight=known.sum())]
 
 
-def _answer_block(reading: RolloutReading) -> list[Block]:
-    size = reading.group_size
+def _answer_block(reading: RolloutReading, size: int) -> list[Block]:
     if reading.answer is None or size < 2:
         return []
     answer = reading.answer.view(-1, size)

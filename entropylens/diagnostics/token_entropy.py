@@ -175,13 +175,12 @@ class TokenEntropy(Diagnostic):
         entropy, weight = reading.entropy, reading.weight
         summary = summarise(entropy, weight, tuple(LEVELS_MAX.values()))
         count = reading.present.sum().float()
-        normalised = summary[0] / log(max(reading.vocabulary, 2))
-        values = torch.cat([summary, torch.stack([normalised, count])])
+        values = torch.cat([summary, count[None]])
         names = [f"entropy/token/{name}" for name in ("mean", "std", *LEVELS_MAX)]
         means, weights = entropy_by_position(entropy, reading.position, weight)
         blocks = [
             Block.metrics(
-                [*names, "entropy/normalised/mean", "entropy/token/count"],
+                [*names, "entropy/token/count"],
                 values,
                 weight=weight.sum(),
             ),
@@ -191,6 +190,11 @@ class TokenEntropy(Diagnostic):
                 weight=weights,
             ),
         ]
+        if reading.vocabulary > 1:
+            normalised = summary[:1] / log(reading.vocabulary)
+            blocks.append(
+                Block.metrics(["entropy/normalised/mean"], normalised, weight=weight.sum())
+            )
         return blocks + _spike_block(reading), state
 
 

@@ -112,7 +112,7 @@ def cell_figure(cells: Mapping[str, float]) -> dict[str, Any]:
         "orientation": "h",
         "x": values,
         "y": [*cells],
-        "text": [f"{value:+.3g}" for value in values],
+        "text": [f"{value:+#.3g}" for value in values],
         "textposition": "outside",
         "cliponaxis": False,
         "marker": {
