@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,17 +19,22 @@ from torch import Tensor
 
 import entropylens as el
 from entropylens_callbacks import loggable
+from entropylens_callbacks.verl_batches import (
+    clip_bounds,
+    common_size,
+    generated_mask,
+    groups_of,
+    pass_rate,
+    plain_settings,
+    reward_components,
+    setting,
+    tensors_of,
+)
 
 __all__ = ["VerlTap", "attach"]
 
 log = logging.getLogger("entropylens")
 
-_READ_FROM: Final = "verl-project/verl at 1dda039b9 (2026-08-22)"
-_NEEDED: Final = ("responses", "response_mask", "old_log_probs", "advantages")
-_OF_TOKENS: Final = ("rollout_log_probs", "ref_log_prob")
-_OPTIONAL: Final = ("prompts", "attention_mask", "token_level_scores")
-_RATIO_CLIPPED: Final = frozenset(("vanilla", "gspo"))
-"""Policy losses whose clip_ratio bounds a ratio; that of others bounds another divergence."""
 _SCORES: Final = "_compute_old_log_prob"
 _UPDATES: Final = "_update_actor"
 _NO_ENTROPIES: Final = (
@@ -74,7 +77,7 @@ class VerlTap:
         if record_text and tokenizer is None:
             raise ValueError("VerlTap: expected a tokenizer with record_text=True, got None")
         self._correct_from, self._record_text = correct_from, record_text
-        self._tokenizer, self._config = tokenizer, _plain(config)
+        self._tokenizer, self._config = tokenizer, plain_settings(config)
         self._has_noted = False
         decode = {"decode": lambda token: tokenizer.decode([token])} if record_text else {}
         self.lens = el.Lens(run_dir=run_dir, **{"config": self._config, **decode, **lens})
@@ -128,12 +131,12 @@ class VerlTap:
     def _show(
         self, batch: Any, entropys: Tensor | None, number: int, seconds: float | None
     ) -> None:
-        found, names = _tensors(batch, entropys), batch.non_tensor_batch
+        found, names = tensors_of(batch, entropys), batch.non_tensor_batch
         due = self.lens.watch.due
         of_completions = self._of_completions(found)
-        group = _groups(names.get("uid"), found["responses"].device)
+        group = groups_of(names.get("uid"), found["responses"].device)
         if "rollout" in due:
-            parts = _components(batch, found["responses"].device)
+            parts = reward_components(batch, found["responses"].device)
             self._show_rollout(found, of_completions, parts, group, number, seconds)
         if entropys is None:
             self._note_missing_entropies()
@@ -161,8 +164,8 @@ class VerlTap:
         seconds: float | None,
     ) -> None:
         """Show completions, with their groups standing together where these are of one size."""
-        size = _common_size(group)
-        known = {"token_id": found["responses"], "mask": _generated(found), **of_completions}
+        size = common_size(group)
+        known = {"token_id": found["responses"], "mask": generated_mask(found), **of_completions}
         truncated = self._truncated(known["token_id"], known["mask"])
         if truncated is not None:
             known["truncated"] = truncated
@@ -178,7 +181,7 @@ class VerlTap:
         if end is None:
             return None
         ends = torch.as_tensor(end, device=token_id.device)
-        limit = _setting(self._config, "data.max_response_length") or token_id.shape[1]
+        limit = setting(self._config, "data.max_response_length") or token_id.shape[1]
         length = mask.sum(1)
         last = token_id.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
         return (length >= limit) & ~torch.isin(last, ends)
@@ -194,7 +197,7 @@ class VerlTap:
         if group is not None:
             known["group"] = group
             if "correct" in known:
-                known["pass_rate"] = _pass_rate(known["correct"], group)
+                known["pass_rate"] = pass_rate(known["correct"], group)
         if self._record_text and "policy" in self.lens.watch.due:
             known |= self._texts(found)
         self.lens.observe_policy(
@@ -206,13 +209,13 @@ class VerlTap:
             sample_id=None if uid is None else [str(name) for name in uid],
             sampler_logprob=found.get("rollout_log_probs"),
             reference_logprob=found.get("ref_log_prob"),
-            clip=_clip(self._config),
+            clip=clip_bounds(self._config),
             **known,
         )
 
     def _texts(self, found: Mapping[str, Tensor]) -> dict[str, list[str]]:
         decode = functools.partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-        masked = zip(found["responses"], _generated(found), strict=True)
+        masked = zip(found["responses"], generated_mask(found), strict=True)
         texts = {"completions": decode([row[kept].tolist() for row, kept in masked])}
         if "prompts" in found:
             texts["prompts"] = decode(found["prompts"].tolist())
@@ -342,122 +345,3 @@ def _takes_a_batch(trainer: Any, name: str) -> bool:
     except TypeError:
         return False
     return True
-
-
-# -- a DataProto -----------------------------------------------------------------------------------
-
-
-def _tensors(batch: Any, entropys: Tensor | None) -> dict[str, Tensor]:
-    """The fields of a batch that are used, ``[B, C]`` where they are of tokens.
-
-    Raises:
-        ValueError: It is no such batch, or fields are missing or of other shapes.
-    """
-    held = getattr(batch, "batch", None)
-    if held is None or getattr(batch, "non_tensor_batch", None) is None:
-        raise ValueError(
-            f"VerlTap.observe: expected a DataProto with batch and non_tensor_batch, got "
-            f"{type(batch).__name__}; read from {_READ_FROM}"
-        )
-    present = set(held.keys())
-    found = {n: held[n] for n in (*_NEEDED, *_OF_TOKENS, *_OPTIONAL) if n in present}
-    if "response_mask" not in found and {"responses", "attention_mask"} <= found.keys():
-        found["response_mask"] = _generated(found)
-    missing = [name for name in _NEEDED if name not in found]
-    if missing:
-        raise ValueError(
-            f"VerlTap.observe: expected {', '.join(_NEEDED)} in the batch, got one without "
-            f"{', '.join(missing)} (it has {', '.join(sorted(map(str, present))) or 'nothing'}); "
-            f"call it after compute_advantage; fields are those of {_READ_FROM}"
-        )
-    if entropys is not None:
-        found["entropys"] = entropys
-    shape = _shape(found["responses"])
-    for name in (*_NEEDED, *_OF_TOKENS, "entropys"):
-        if name in found and _shape(found[name]) != shape:
-            raise ValueError(
-                f"VerlTap.observe: expected {name} [B, C] padded as responses {shape}, got "
-                f"{_shape(found[name])}"
-            )
-    return found
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...] | str:
-    return "nested" if tensor.is_nested else tuple(tensor.shape)
-
-
-def _generated(found: Mapping[str, Tensor]) -> Tensor:
-    """``[B, C]`` bool: the completion, as verl counts its length.
-
-    Not ``response_mask``, in which tool output is 0 and so is what rejection sampling takes out.
-    """
-    width = found["responses"].shape[1]
-    attention = found.get("attention_mask")
-    mask = found["response_mask"] if attention is None else attention[:, -width:]
-    return mask.bool()
-
-
-def _groups(uid: Sequence[Any] | None, device: torch.device) -> Tensor | None:
-    """``[B]`` index of each row's prompt, by first appearance; None where it is not told."""
-    if uid is None:
-        return None
-    numbers: dict[Any, int] = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in uid], device=device)
-
-
-def _common_size(group: Tensor | None) -> int | None:
-    """Completions of each prompt, if all have as many."""
-    if group is None:
-        return None
-    sizes = set(Counter(group.tolist()).values())
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _pass_rate(correct: Tensor, group: Tensor) -> Tensor:
-    """``[B]`` share of right completions in each row's group; NaN where one is not known."""
-    sums = torch.zeros_like(correct).index_add(0, group, correct)
-    counts = torch.zeros_like(correct).index_add(0, group, torch.ones_like(correct))
-    return (sums / counts)[group]
-
-
-def _components(batch: Any, device: torch.device) -> dict[str, Tensor]:
-    """``[B]`` numbers that the reward function told beside the reward, by name."""
-    names = (getattr(batch, "meta_info", None) or {}).get("reward_extra_keys", ())
-    told = {name: batch.non_tensor_batch.get(name) for name in names}
-    parts = {}
-    for name, values in told.items():
-        if values is not None and all(_is_number(value) for value in values):
-            numbers = [torch.nan if value is None else float(value) for value in values]
-            parts[str(name)] = torch.tensor(numbers, device=device)
-    return parts
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | np.bool_ | np.number)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Settings as a dictionary, of a DictConfig too."""
-    omegaconf = sys.modules.get("omegaconf")
-    if omegaconf is not None and omegaconf.OmegaConf.is_config(config):
-        config = omegaconf.OmegaConf.to_container(config, resolve=True)
-    return dict(config or {})
-
-
-def _setting(config: Mapping[str, Any], path: str) -> Any:
-    """A setting by its dotted path; None where it is not set."""
-    found: Any = config
-    for name in path.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
-def _clip(config: Mapping[str, Any]) -> tuple[float, float] | None:
-    """``(low, high)`` of a loss that clips ratios; ``clip_ratio`` stands in for what is unset."""
-    actor = _setting(config, "actor_rollout_ref.actor") or {}
-    mode = _setting(actor, "policy_loss.loss_mode") or "vanilla"
-    if mode not in _RATIO_CLIPPED:
-        return None
-    both = [_setting(actor, f"clip_ratio_{side}") for side in ("low", "high")]
-    low, high = (_setting(actor, "clip_ratio") if one is None else one for one in both)
-    return None if low is None or high is None else (float(low), float(high))

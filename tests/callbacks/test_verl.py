@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import entropylens as el
-from entropylens_callbacks.verl import VerlTap, _clip, attach
+from entropylens_callbacks.verl import VerlTap, attach
+from entropylens_callbacks.verl_batches import clip_bounds
 
 WIDTH, PROMPT, END = 9, 4, 2
 EVERYTHING: dict[str, Any] = {"preset": "full", "max_overhead": None}
@@ -408,8 +409,8 @@ def test_settings_are_kept_and_the_length_limit_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_clip_bounds_are_those_of_losses_that_clip_ratios(actor: Any, expected: Any) -> None:
-    assert _clip({"actor_rollout_ref": {"actor": actor}}) == expected
-    assert _clip({}) is None
+    assert clip_bounds({"actor_rollout_ref": {"actor": actor}}) == expected
+    assert clip_bounds({}) is None
 
 
 def test_text_is_kept_where_asked_for_without_padding(tmp_path: Path) -> None:
