@@ -531,7 +531,7 @@ def test_our_own_errors_do_not_reach_the_training(
 
     trainer = RayPPOTrainer()
     tap = attach(trainer, tmp_path / "run", **EVERYTHING)
-    monkeypatch.setattr("entropylens_callbacks.verl._tensors", broken)
+    monkeypatch.setattr("entropylens_callbacks.verl.tensors_of", broken)
     assert trainer.fit() == "done"
     assert len(trainer.updated) == 3
     assert sum(el.open_run(tap.lens.run_dir).status()[0].faults.values()) == 3
