@@ -141,7 +141,7 @@ def _train(
 ) -> None:
     size = Size(**settings["size"])
     with TemporaryDirectory() as scratch:
-        trainer = _make_trainer(scratch, settings["seed"], recipe, base, size)
+        trainer = make_trainer(scratch, settings["seed"], recipe, base, size)
         config = {**trainer.args.to_sanitized_dict(), "grpo_countdown": settings}
         attach(
             trainer,
@@ -166,7 +166,8 @@ def _train(
     (out / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _make_trainer(scratch: str, seed: int, recipe: Recipe, base: Base, size: Size) -> Any:
+def make_trainer(scratch: str, seed: int, recipe: Recipe, base: Base, size: Size) -> Any:
+    """TRL's GRPO trainer of a recipe, from the base policy, with its output in ``scratch``."""
     puzzles = draw_puzzles(size.rl_puzzles, seed=1_000_000, without=held_out(size))
     rows = [
         {"prompt": puzzle.prompt, "numbers": puzzle.numbers, "target": puzzle.target}
