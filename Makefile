@@ -37,7 +37,7 @@ docs: $(READY) ## Build the documentation, warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: $(READY) ## Run every benchmark at its full size
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 sample-runs: $(READY) ## Train those sample runs that are not finished
 	for run in collapse destroyed adaptive; do \

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from scipy.stats import spearmanr
 
 from entropylens.analysis.entropy_change import read_entropy_change
@@ -69,7 +69,7 @@ def synthetic_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
 
 def run_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
     heads = ["estimate", "steps", "correlation", "95 %", "rank", "slope", "95 %", "over states"]
-    agreements = Table(*heads, title=f"{title}: {found['log']}")
+    agreements = Table(Column(heads[0], no_wrap=True), *heads[1:], title=f"{title}: {found['log']}")
     for name, one in found["estimates"].items():
         keys = ("steps", "correlation", "correlation_interval", "rank_correlation", "slope")
         values = [one[key] for key in (*keys, "slope_interval", "at_states")]
@@ -82,18 +82,19 @@ def run_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
     course.add_row("explained by y = x", _text(found["identity"]))
     for key, value in (found["next_rollouts"] or {}).items():
         course.add_row(f"next rollouts, {key}", _text(value))
-    keys = ("share", "step", "interval", "actual", "error", "persistence", "straight_line")
-    forecasts = Table(*keys, title="the end of the entropy, foretold")
+    parts = ["share", "status", "step", "interval", "actual", "error"]
+    parts += ["persistence", "straight_line"]
+    forecasts = Table(*parts, title="the end of the entropy, foretold")
     for one in found["forecasts"]:
-        forecasts.add_row(*(_text(one[key]) for key in keys))
+        forecasts.add_row(*(_text(one[part]) for part in parts))
     return [agreements, course, forecasts]
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(_text, value))
-    if value is None:
-        return "-"
+    if value is None or isinstance(value, str):
+        return value or "-"
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
 
 
@@ -105,7 +106,8 @@ def run(log: Path = LOG) -> dict[str, Any]:
 
     Returns:
         ``estimates`` by name, ``identity``, ``next_rollouts``, ``totals``, ``tokens``, ``samples``
-        and ``forecasts``; a number that is not known or not finite is None.
+        and ``forecasts``. A number that is not known is None, as is a step that this run, or a
+        forecast, does not reach.
 
     Raises:
         EntropyLensError: There is no run, or one that did not measure changes of the entropy.
@@ -133,6 +135,7 @@ def run(log: Path = LOG) -> dict[str, Any]:
         else [
             {
                 "share": one.share,
+                "status": one.forecast.status,
                 "step": one.forecast.step,
                 "interval": [one.forecast.low, one.forecast.high],
                 "actual": one.actual,

@@ -301,7 +301,7 @@ class Lens:
 
     def _show_rollout(self, known: Mapping[str, Any]) -> None:
         reading = RolloutReading(**known)
-        self.watch.take_rollout(lambda: reading)
+        self.watch.take_rollout(reading)
 
     def step(
         self,

@@ -194,6 +194,12 @@ class PolicyReading:
     ratio_level: str = "token"
     """``token``, or where the loss takes one log-ratio a sequence: ``sequence`` if that is its
     tokens' mean (GSPO), ``product`` if it is their sum (RLOO)."""
+    loss_weight: Tensor | None = None
+    """``[n]`` factor by which the loss multiplies a token's term beside its ratio and advantage:
+    0 where it leaves it out. None is 1 everywhere."""
+    is_pull_known: bool = True
+    """Whether ratio, advantage, clip and ``loss_weight`` are all that the loss takes of a token. If
+    not, what would follow from its pull is not known."""
     answers: Tensor | None = None
     """``[n]`` bool: the token comes after the thinking delimiter; the delimiter is in neither."""
     thoughts: Tensor | None = None
@@ -315,8 +321,11 @@ class ProbeReading:
     sample_ids: Sequence[str] | None = None
     """Identifier of each sequence of the step, where the loop gave them."""
     advantage: Tensor | None = None
-    """``[m]`` A, where the step is a policy's."""
-    old_logprob: Tensor | None = None
+    """``[m]`` A, where the step is a policy's and its loss is known."""
+    log_ratio: Tensor | None = None
+    """``[m]`` log of the importance ratio as the loss takes it; None where the policy itself drew
+    the tokens: every ratio is 1."""
+    loss_weight: Tensor | None = None
     """``[m]`` as in `PolicyReading`."""
     clip: tuple[float, float] | None = None
     """As in `PolicyReading`."""

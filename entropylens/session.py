@@ -32,6 +32,8 @@ with caches that the training has filled. Timed from outside on a step of a mill
 _NEVER: Final = 1 << 62
 _ALWAYS_READ: Final = frozenset(("tokens", "gradients", "update", "step"))
 """Readings of any training; the others make nothing due before somebody expects them."""
+_COMES_RARELY: Final = frozenset(("rollout",))
+"""Readings that not every step has: due at the first that comes an interval after the last."""
 
 
 class Session:
@@ -70,6 +72,8 @@ class Session:
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
         self._decided, self._next_due, self._unlooked = -1, -1, 0
         self._expected = set(_ALWAYS_READ)
+        self._measured_at: dict[str, int] = {}
+        """Step at which a diagnostic of what comes rarely was measured last."""
         self._transfer = Transfer(self._deliver)
         self._measured: list[tuple[str, Block, str | None]] = []
         self._flushed = perf_counter()
@@ -103,9 +107,15 @@ class Session:
             if found.reads not in self._expected:
                 continue
             widening = budget.vitals_widening if found.reads == "step" else budget.widening
-            if schedule.is_due(number, widening):
+            if found.reads in _COMES_RARELY:
+                since = number - self._measured_at.get(name, -_NEVER)
+                is_due, later = since >= schedule.interval(widening), number + 1
+            else:
+                is_due = schedule.is_due(number, widening)
+                later = schedule.next_due(number, widening) or _NEVER
+            if is_due:
                 self.due.setdefault(found.reads, []).append(found)
-            following.append(schedule.next_due(number, widening) or _NEVER)
+            following.append(later)
         self._next_due = min(following, default=_NEVER)
 
     def expect(self, number: int, *reads: str) -> None:
@@ -184,6 +194,8 @@ class Session:
             self.writer.fault(f"reading {reads}", error)
             due = []
         for found in due:
+            if reads in _COMES_RARELY:
+                self._measured_at[found.name] = self._decided
             try:
                 blocks, self._states[found.name] = found.measure(reading, self._states[found.name])
             except Exception as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from time import time
+from collections.abc import Mapping, Sequence
+from time import perf_counter, time
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,7 @@ from entropylens.capture.forward import Forward, ModelTap
 from entropylens.capture.micro_batches import MicroBatches, identifiers
 from entropylens.capture.optimizer import OptimizerTap
 from entropylens.capture.policy import PolicyBatch
-from entropylens.capture.probe import UpdateProbe
+from entropylens.capture.probe import UpdateProbe, probe_obstacle
 from entropylens.capture.router import RouterTap
 from entropylens.capture.tokens import LogitTokens, TokenSource
 from entropylens.records import Phase
@@ -37,7 +37,10 @@ __all__ = ["Watch"]
 
 _LEAST_ROWS: Final = 16
 _SAMPLED_ROWS: Final = 256
-"""Tokens a micro-batch whose whole distributions are asked how surprising they should be."""
+"""Tokens a step whose whole distributions are asked how surprising they should be."""
+_PROBE_SHARE: Final = 1 / 3
+"""Of the limit of overhead, that looking at updates may take."""
+_NO_PROBE: Final = "no entropy/change: the model cannot be asked what updates do to it: {}"
 _OF_TOKENS: Final = frozenset(("tokens", "policy"))
 """Readings that need the tokens measured."""
 _MOST_UNSEEN: Final = 1000
@@ -90,6 +93,9 @@ class Watch:
         """The tap whose tokens are taken: the first that showed any."""
         self._silent_steps = 0
         self._probe: UpdateProbe | None = None
+        self._probes_from = 0
+        """Step before which no update is looked at, so that looking keeps to its share of time."""
+        self._step_seconds = 0.0
         self._is_shown = False
         self._number = 0
         self._open = MicroBatches()
@@ -108,9 +114,12 @@ class Watch:
 
     def probe(self, model: nn.Module) -> None:
         """Ask a model what updates do to its distributions, if it is one that can be asked."""
-        if UpdateProbe.suits(model):
+        obstacle = probe_obstacle(model)
+        if obstacle is None:
             self._probe = UpdateProbe(model)
             self.expect("probe")
+        elif obstacle:
+            self._session.writer.event("capture", _NO_PROBE.format(obstacle), step=self._number)
 
     def expect(self, *reads: str) -> None:
         """Have diagnostics of these readings be due: of a policy, of its rollouts, of routers."""
@@ -149,17 +158,44 @@ class Watch:
     def take(self, reads: str, reading: Any) -> None:
         """Measure a reading of the step in progress."""
         self._session.measure(reads, lambda: reading)
-        if isinstance(reading, UpdateReading) and len(self._optimizers) == 1:
+        if isinstance(reading, UpdateReading) and self._is_probing:
             self._take_probe(reading)
 
-    def _take_probe(self, update: UpdateReading) -> None:
-        probe, before, after = self._probe, update.before, update.after
-        if probe is not None and not probe.is_empty:
-            self._session.measure("probe", lambda: probe.reading(before, after, self._temperature))
+    @property
+    def wants_update(self) -> bool:
+        """Whether parameters are to be kept from before the step in progress."""
+        return "update" in self.due or self._is_probing
 
-    def take_rollout(self, take_reading: Callable[[], RolloutReading]) -> None:
-        """Measure completions that were generated for the step in progress, with phase rollout."""
-        self._session.measure("rollout", take_reading, Phase.ROLLOUT)
+    @property
+    def _is_probing(self) -> bool:
+        probe = self._probe
+        return probe is not None and not probe.is_empty and len(self._optimizers) == 1
+
+    def _take_probe(self, update: UpdateReading) -> None:
+        """Ask what the update did; a model that cannot be asked is not asked again."""
+        probe, began = self._probe, perf_counter()
+        assert probe is not None
+        try:
+            found = probe.reading(update.before, update.after, self._temperature)
+        except Exception as error:
+            self._probe = None
+            self._session.writer.event(
+                "capture",
+                _NO_PROBE.format(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"),
+                step=self._number,
+                severity="warning",
+            )
+            return
+        self._session.measure("probe", lambda: found)
+        limit = self._session.budget.max_overhead
+        if limit is not None and self._step_seconds:
+            steps = (perf_counter() - began) / (_PROBE_SHARE * limit * self._step_seconds)
+            self._probes_from = self._number + int(steps) + 1
+
+    def take_rollout(self, reading: RolloutReading) -> None:
+        """Take completions generated for the step in progress; they are measured when it ends."""
+        if "rollout" in self.due:
+            self._open.rollouts.append(reading)
 
     def take_preference(self, reading: PreferenceReading) -> None:
         """Take the preferences of one micro-batch; they are measured when the step ends."""
@@ -186,6 +222,13 @@ class Watch:
             self._reader = forward.tap
             ids, policy = self.next_sample_ids, self.next_policy
             self.next_sample_ids = self.next_labels = self.next_policy = None
+            if policy is not None:
+                try:
+                    policy.check(forward.tokens.grid.shape)
+                except ValueError as error:
+                    # What the forward shows by itself is measured all the same.
+                    self._session.writer.fault("policy", error)
+                    policy = None
             self._take_tokens(forward.tokens, ids, policy, forward.inputs)
 
     def take_gradient_norm(self, norm: Tensor | float | None, optimizer: str = "") -> None:
@@ -257,6 +300,7 @@ class Watch:
         if not self._is_shown:
             self._is_shown = True
             self._open.drop_tokens()
+        policy.check(source.grid.shape)
         self._take_tokens(source, sample_id, policy)
 
     def _show_loss(self, loss: Tensor, is_sum: bool, optimizer: str) -> None:
@@ -276,7 +320,6 @@ class Watch:
         ids, due = identifiers(sample_id), self.due.keys()
         self._session.clock.start()
         if policy is not None:
-            policy.check(source.grid.shape)
             source = policy.narrow(source)
         self._open.count(source)
         generator = self._generator(source.grid.present.device)
@@ -285,6 +328,9 @@ class Watch:
             rows = self._session.budget.rows
             if rows is not None:
                 rows = max(rows // self._micro_batches, _LEAST_ROWS)
+            if policy is not None and policy.ratio_level != "token":
+                # A sequence's ratio needs all of its tokens.
+                rows = None
             self._open.measure(
                 source,
                 ids,
@@ -294,11 +340,12 @@ class Watch:
                 policy=policy,
             )
         if "sampled" in due and policy is not None and policy.is_own_sample:
-            self._open.sample(
-                source, rows=_SAMPLED_ROWS, generator=generator, temperature=temperature
-            )
-        if "probe" in due and inputs and self._probe is not None and self._probe.is_empty:
-            self._probe.keep(inputs, source, policy, ids, generator)
+            most = max(_SAMPLED_ROWS // self._micro_batches, _LEAST_ROWS)
+            self._open.sample(source, rows=most, generator=generator, temperature=temperature)
+        probe = self._probe
+        is_affordable = self._number >= self._probes_from
+        if "probe" in due and inputs and is_affordable and probe is not None and probe.is_empty:
+            probe.keep(inputs, source, policy, ids, generator)
         self._session.clock.stop()
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -346,6 +393,7 @@ class Watch:
     ) -> None:
         """Measure what the step in progress gathered."""
         opened, session = self._open, self._session
+        self._step_seconds = seconds
         try:
             self._drop_taps(is_loss_shown=loss is not None)
             self._note_skipped(stamp)
@@ -360,6 +408,8 @@ class Watch:
                     session.measure("policy", opened.policy_reading)
             elif "tokens" in session.due:
                 self._note_silence(stamp)
+            if opened.rollouts:
+                session.measure("rollout", opened.rollout_reading, Phase.ROLLOUT)
             if opened.has_samples:
                 session.measure("sampled", opened.sampled_reading)
             if opened.preferences:

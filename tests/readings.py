@@ -147,7 +147,6 @@ def probe(device: str = "cpu", *, rows: int = 24, vocabulary: int = 30) -> Probe
     generator = torch.Generator().manual_seed(4)
     before = torch.randn(rows, vocabulary, generator=generator)
     direction = 0.01 * torch.randn(rows, vocabulary, generator=generator)
-    logprob = before.log_softmax(-1)[:, 0]
     return ProbeReading(
         before=before.to(device),
         after=(before + direction).to(device),
@@ -158,7 +157,7 @@ def probe(device: str = "cpu", *, rows: int = 24, vocabulary: int = 30) -> Probe
         sequence=(torch.arange(rows) // 6).to(device),
         sample_ids=[f"sample {i}" for i in range(4)],
         advantage=torch.randn(rows, generator=generator).to(device),
-        old_logprob=(logprob + 0.1).to(device),
+        log_ratio=(0.1 * torch.randn(rows, generator=generator)).to(device),
         clip=(0.2, 0.2),
     )
 

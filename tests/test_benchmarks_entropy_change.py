@@ -1,10 +1,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from runs_to_show import write
 
 from benchmarks import entropy_change
+from entropylens.analysis.entropy_change import ESTIMATES
 from entropylens.diagnostics._estimators import ESTIMATORS
+from entropylens.errors import EntropyLensError
+from entropylens.store.writer import RunWriter
 
 PUBLISHED = {
     "discriminator": 1.000,
@@ -50,3 +55,62 @@ def test_it_prints_a_table_and_writes_each_cell(
         assert f"{written['pcc'][name]:.3f}" in next(
             line for line in shown.splitlines() if f" {name} " in line
         )
+
+
+def trained(path: Path) -> Path:
+    """A run whose estimates are the measured change itself, and whose entropy ends at step 178."""
+    writer, steps = RunWriter(path), np.arange(1, 241)
+    entropy = 1.2 * np.exp(-steps / 71.6)
+    changes = np.diff(entropy, append=entropy[-1])
+    write(writer, "entropy/token/mean", steps, entropy)
+    write(writer, "reward/mean", steps, 0.6 - 0.2 * np.exp(entropy), phase="rollout")
+    write(writer, "entropy/change/measured", steps, changes)
+    for name, sign in ESTIMATES.values():
+        write(writer, name, steps, sign * changes)
+    writer.close()
+    return path
+
+
+def test_a_log_is_read_as_it_was_planted(tmp_path: Path) -> None:
+    found = entropy_change.run(trained(tmp_path / "run"))
+    assert list(found["estimates"]) == list(ESTIMATES)
+    assert set(ESTIMATES) == {"exact", *ESTIMATORS}
+    for one in found["estimates"].values():
+        assert [one["correlation"], one["slope"]] == pytest.approx([1, 1], abs=1e-5)
+        assert one["at_states"] is None
+    assert found["identity"] == pytest.approx(1)
+    assert found["next_rollouts"]["skill"] == pytest.approx(1, abs=1e-5)
+    totals = found["totals"]
+    assert (totals["first"], totals["last"]) == (1, 240)
+    for kind in ("predicted", "measured"):
+        assert totals[kind] == pytest.approx(totals["entropy"], rel=1e-5)
+    assert [one["share"] for one in found["forecasts"]] == [0.15, 0.3, 0.5]
+    for one in found["forecasts"]:
+        assert one["actual"] == pytest.approx(178, abs=3)
+
+
+def test_it_reads_the_log_that_it_is_given_and_leaves_out_one_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        entropy_change.CELLS, "synthetic", lambda: entropy_change.synthetic(states=50)
+    )
+    command = ["entropy_change", "--out", str(tmp_path / "out"), "--log"]
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "none")])
+    assert entropy_change.main() == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["synthetic.json"]
+    capsys.readouterr()
+    log = trained(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", [*command, str(log), "--cells", "run"])
+    assert entropy_change.main() == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["log"] == str(log)
+    shown = capsys.readouterr().out
+    for name in ESTIMATES:
+        assert f" {name} " in shown
+    assert "reached" in shown or "expected" in shown
+
+
+def test_a_log_without_measured_changes_is_refused(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "run").close()
+    with pytest.raises(EntropyLensError, match="expected a log with entropy/change/measured, got"):
+        entropy_change.run(tmp_path / "run")

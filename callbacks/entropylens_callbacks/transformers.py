@@ -82,6 +82,11 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         if self._sample_id is not None:
             check_names(trainer, self._sample_id)
         if PolicyWatch.suits(trainer):
+            if self._sample_id is not None:
+                raise ValueError(
+                    f"attach: expected no sample_id for {type(trainer).__name__}, whose samples "
+                    f"are completions, got {self._sample_id!r}; leave it out: groups are numbered"
+                )
             self._policy = PolicyWatch(trainer, self._rollouts)
             self._policy.join(self)
             if self._policy.missing:
@@ -148,12 +153,14 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.lens.watch.reads_loss = self.trainer is None
         self.lens.forward(*self._forward)
-        is_one_step = args.logging_steps == args.gradient_accumulation_steps == args.world_size == 1
-        self.lens.follow(framework_entropy=is_one_step)
+        logs_each = args.logging_strategy == "steps" and args.logging_steps == 1
+        is_one_step = args.gradient_accumulation_steps == args.world_size == 1
+        self.lens.follow(framework_entropy=logs_each and is_one_step)
         if self._policy is not None and self._policy.missing:
             self.lens.event("capture", self._policy.complaint, severity="warning")
         if self._policy is not None:
             self.lens.watch.expect("policy", "sampled", "rollout")
+            self._policy.begin()
         if self._preferences is not None:
             self.lens.watch.expect("preference")
             self._preferences.open(self.lens, _called(self.trainer, kwargs["model"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +25,15 @@ _SCORES: Final = "_get_per_token_logps_and_entropies"
 _ROW: Final = "entropylens_row"
 _CLIPPED_LOSSES: Final = frozenset(("grpo", "bnpo", "dr_grpo", "dapo", "luspo"))
 _TESTED: Final = "1.16"
+_THINKING_END: Final = "</think>"
+_TEXT_ROW: Final = "entropylens_text_row"
+_CHANGES_WHAT_IS_DRAWN: Final = (
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id",
+    "forced_eos_token_id", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "sequence_bias", "min_length", "min_new_tokens",
+    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "top_h",
+)  # fmt: skip
+"""Settings of a model's own generation that TRL does not set anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +42,19 @@ class RolloutOptions:
 
     Args:
         correct_from: Reward from which a completion is correct.
-        correct_by: Reward function whose reward that is; None is the weighted total.
-        thinking_end: Text that ends the thinking; None, or text that the tokenizer makes several
-            tokens of with unknown ones among them, is no such text.
+        correct_by: Reward function whose reward that is. None is the only one there is; where there
+            are several, nothing is known to be correct.
+        thinking_end: Text that ends the thinking. The default counts only where the tokenizer has
+            one token for it: a model that thinks knows it. None is no thinking.
+        answer_of: What in a completion is its answer, for counting different ones; None is the text
+            behind ``thinking_end``, or all of it.
         record_text: Keep prompts and completions.
     """
 
     correct_from: float = 1.0
     correct_by: str | None = None
-    thinking_end: str | None = "</think>"
+    thinking_end: str | None = _THINKING_END
+    answer_of: Callable[[str], str] | None = None
     record_text: bool = False
 
 
@@ -63,10 +76,8 @@ def with_tokens_at_each_step(options: Mapping[str, Any]) -> dict[str, Any]:
 class _Rollout:
     """This rank's completions of the last generation, in the order they were generated in."""
 
-    reward: Tensor
-    correct: Tensor
-    pass_rate: Tensor
-    group: Tensor
+    columns: Mapping[str, Tensor]
+    """On the device: reward, correct, pass_rate and group, ``[B]`` each."""
     prompts: Sequence[str]
     completions: Sequence[str]
     noted: Sequence[Tensor]
@@ -88,7 +99,10 @@ class PolicyWatch:
     def __init__(self, trainer: Any, options: RolloutOptions) -> None:
         self._trainer, self._options = trainer, options
         self._rollout: _Rollout | None = None
-        self._scored: list[Tensor] | None = None
+        self._scored: list[Any] | None = None
+        self._groups = 0
+        self._draws_whole = False
+        self._is_rloo = any(parent.__name__ == "RLOOTrainer" for parent in type(trainer).__mro__)
         needed = (_GENERATES, _SCORES, "_logs")
         self.missing = [name for name in needed if not hasattr(trainer, name)]
         """Private names that this version of TRL lacks: without them rollouts are unseen."""
@@ -138,7 +152,12 @@ class PolicyWatch:
             return output
 
         setattr(trainer, _GENERATES, watched)
-        setattr(trainer, _SCORES, self._noting(getattr(trainer, _SCORES)))
+        if self._is_rloo:
+            setattr(trainer, _SCORES, self._noting(getattr(trainer, _SCORES)))
+
+    def begin(self) -> None:
+        """Look at what does not change while training: how tokens are drawn."""
+        self._draws_whole = _draws_whole(self._trainer)
 
     def _noting(self, score: Any) -> Any:
         """Have log-probabilities that are computed while generating noted: RLOO hands none on."""
@@ -147,59 +166,68 @@ class PolicyWatch:
         def noting(*args: Any, **kwargs: Any) -> Any:
             found = score(*args, **kwargs)
             if self._scored is not None:
-                self._scored.append(found[0])
+                self._scored.append(found)
             return found
 
         return noting
 
     # -- a generation ------------------------------------------------------------------------
 
-    def _take(self, lens: Any, output: Any, scored: Sequence[Tensor], seconds: float) -> None:
+    def _take(self, lens: Any, output: Any, scored: Sequence[Any], seconds: float) -> None:
         trainer, options = self._trainer, self._options
         self._rollout = None
-        rows = output["completion_ids"].shape[0]
+        ids = output["completion_ids"]
+        rows, device = ids.shape[0], ids.device
         index, size = trainer.accelerator.process_index, trainer.num_generations
-        logs = trainer._logs
-        rewards = {name: torch.tensor([*values]) for name, values in logs["rewards"].items()}
-        weights = trainer.reward_weights.tolist()
-        table = torch.stack([rewards[name] for name in trainer.reward_func_names], 1)
-        total = (table * torch.tensor(weights)).nansum(1)
-        total = total.masked_fill(table.isnan().all(1), torch.nan)
-        judged = total if options.correct_by is None else rewards[options.correct_by]
+        logs, names = trainer._logs, trainer.reward_func_names
+        table = torch.tensor([[*logs["rewards"][name]] for name in names])
+        weights = torch.tensor(trainer.reward_weights.tolist())[:, None]
+        total = (table * weights).nansum(0).masked_fill(table.isnan().all(0), torch.nan)
+        judged = total if len(names) == 1 else torch.full_like(total, torch.nan)
+        if options.correct_by is not None:
+            judged = table[names.index(options.correct_by)]
         correct = (judged >= options.correct_from).float().masked_fill(judged.isnan(), torch.nan)
         prompts, completions = (
             [_text(one) for one in logs[name]] for name in ("prompt", "completion")
         )
         own = slice(index * rows, (index + 1) * rows)
+        count = len(total) // size
+        group = torch.arange(len(total)) // size + self._groups
+        self._groups += count
         pass_rate = correct.view(-1, size).mean(1).repeat_interleave(size)
-        group = torch.arange(len(total)) // size
+        known = {"reward": total, "correct": correct, "pass_rate": pass_rate, "group": group}
         self._rollout = _Rollout(
-            reward=total[own],
-            correct=correct[own],
-            pass_rate=pass_rate[own],
-            group=group[own],
+            columns={name: _moved(column[own], device) for name, column in known.items()},
             prompts=prompts[own],
             completions=completions[own],
-            noted=scored,
+            noted=[found[0] for found in scored],
         )
-        output[_ROW] = torch.arange(rows)
+        output[_ROW] = torch.arange(rows, device=device)
+        output[_TEXT_ROW] = [*range(rows)]
         whole = rows % size == 0
         kept = own if whole else slice(None)
-        known: dict[str, Any] = {}
+        told: dict[str, Any] = {}
         if whole or index == 0:
-            device, answers = output["completion_ids"].device, dict[str, int]()
-            answer = [answers.setdefault(text.strip(), len(answers)) for text in completions[kept]]
-            known = {
-                "group": (group[kept] - group[kept][0]).to(device),
+            numbers = dict[str, int]()
+            answers = [self._answer(text) for text in completions[kept]]
+            answer = [numbers.setdefault(text, len(numbers)) for text in answers]
+            told = {
                 "group_size": size,
-                "reward": total[kept].to(device),
-                "rewards": {name: values[kept].to(device) for name, values in rewards.items()},
-                "correct": correct[kept].to(device),
-                "answer": torch.tensor(answer).to(device),
+                "group": _moved(group[kept], device),
+                "reward": _moved(total[kept], device),
+                "rewards": {n: _moved(r[kept], device) for n, r in zip(names, table, strict=True)},
+                "answer": _moved(torch.tensor(answer), device),
             }
-        lens.watch.take_rollout(
-            lambda: RolloutReading(**known, **self._of_tokens(output), seconds=seconds)
-        )
+            if not bool(judged.isnan().all()):
+                told["correct"] = _moved(correct[kept], device)
+        lens.watch.take_rollout(RolloutReading(**told, **self._of_tokens(output), seconds=seconds))
+
+    def _answer(self, completion: str) -> str:
+        options = self._options
+        if options.answer_of is not None:
+            return str(options.answer_of(completion))
+        end = options.thinking_end
+        return completion.rpartition(end)[2].strip() if end else completion.strip()
 
     def _of_tokens(self, output: Mapping[str, Any]) -> dict[str, Any]:
         """Lengths and ends of this rank's completions; unknown where the mask hides some."""
@@ -225,28 +253,27 @@ class PolicyWatch:
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        known: dict[str, Any] = {}
+        known: dict[str, Any] = self._pull(inputs)
         if self._delimiter:
             thoughts, answers = delimited(token_id, mask, self._delimiter)
-            known = {"thoughts": thoughts, "answers": answers}
-        is_rloo = "old_logps" in inputs
-        known |= self._of_rollout(inputs, is_rloo)
-        if is_rloo and "old_logprob" not in known:
+            known |= {"thoughts": thoughts, "answers": answers}
+        known |= self._of_rollout(inputs)
+        if self._is_rloo and "old_logprob" not in known:
             return None
-        level = "product" if is_rloo else getattr(trainer, "importance_sampling_level", "token")
+        level = getattr(trainer, "importance_sampling_level", "token")
         return PolicyBatch(
             advantage=advantage,
             mask=mask,
             sampler_logprob=inputs.get("sampling_per_token_logps"),
-            clip=self._clip(is_rloo),
-            ratio_level=level,
+            clip=self._clip(),
+            ratio_level="product" if self._is_rloo else level,
             is_own_sample=self._is_own_sample(inputs),
             **known,
         )
 
-    def _of_rollout(self, inputs: Mapping[str, Any], is_rloo: bool) -> dict[str, Any]:
+    def _of_rollout(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         known: dict[str, Any] = {}
-        if not is_rloo:
+        if not self._is_rloo:
             known = {
                 "old_logprob": inputs.get("old_per_token_logps"),
                 "reference_logprob": inputs.get("ref_per_token_logps"),
@@ -254,39 +281,71 @@ class PolicyWatch:
         rollout, row = self._rollout, inputs.get(_ROW)
         if rollout is None or row is None:
             return known
-        known |= {n: getattr(rollout, n)[row] for n in ("reward", "correct", "pass_rate", "group")}
-        if is_rloo:
+        known |= {name: column[row] for name, column in rollout.columns.items()}
+        if self._is_rloo:
             names = ("old_logprob", "reference_logprob")
-            known |= {n: t[row.to(t.device)] for n, t in zip(names, rollout.noted, strict=False)}
+            known |= {n: found[row] for n, found in zip(names, rollout.noted, strict=False)}
         if self._options.record_text:
-            places = row.tolist()
+            places = inputs[_TEXT_ROW]
             known["prompts"] = [rollout.prompts[at] for at in places]
             known["completions"] = [rollout.completions[at] for at in places]
         return known
 
-    def _clip(self, is_rloo: bool) -> tuple[float, float] | None:
+    def _pull(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What GRPO's loss multiplies a token's term with beside ratio and advantage."""
         trainer = self._trainer
-        if not is_rloo and getattr(trainer, "loss_type", "") not in _CLIPPED_LOSSES:
+        if self._is_rloo:
+            return {}
+        corrects = getattr(trainer, "use_vllm", False) and getattr(
+            trainer, "vllm_importance_sampling_correction", False
+        )
+        return {
+            "is_pull_known": (
+                getattr(trainer, "loss_type", "") in _CLIPPED_LOSSES
+                and getattr(trainer, "top_entropy_quantile", 1.0) >= 1.0
+                and getattr(trainer, "off_policy_mask_threshold", None) is None
+                and getattr(trainer.args, "delta", None) is None
+            ),
+            "loss_weight": inputs.get("importance_sampling_ratio") if corrects else None,
+        }
+
+    def _clip(self) -> tuple[float, float] | None:
+        trainer = self._trainer
+        if not self._is_rloo and getattr(trainer, "loss_type", "") not in _CLIPPED_LOSSES:
             return None
         low, high = getattr(trainer, "epsilon_low", None), getattr(trainer, "epsilon_high", None)
         return None if low is None or high is None else (float(low), float(high))
 
     def _is_own_sample(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the model that is trained drew these tokens now, from all of its distribution."""
-        trainer, args = self._trainer, self._trainer.args
+        args = self._trainer.args
         every = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
-        is_plain = (
-            not getattr(trainer, "use_vllm", False)
-            and getattr(trainer, "top_p", 1.0) in (None, 1.0)
-            and getattr(trainer, "top_k", 0) in (None, 0)
-            and not getattr(trainer, "min_p", None)
-            and getattr(trainer, "repetition_penalty", 1.0) in (None, 1.0)
-            and not getattr(args, "generation_kwargs", None)
-            and not getattr(trainer, "mask_truncated_completions", False)
-            and "tool_mask" not in inputs
-        )
         is_now = args.gradient_accumulation_steps % every == 0
-        return is_plain and is_now and not _has_dropout(trainer.model)
+        return self._draws_whole and is_now and "tool_mask" not in inputs
+
+
+def _draws_whole(trainer: Any) -> bool:
+    """Whether completions are drawn by the model itself, with nothing cut off or pushed."""
+    own = getattr(trainer.model, "generation_config", None)
+    return (
+        not getattr(trainer, "use_vllm", False)
+        and getattr(trainer, "rollout_func", None) is None
+        and getattr(trainer, "top_p", 1.0) in (None, 1.0)
+        and getattr(trainer, "top_k", 0) in (None, 0)
+        and not getattr(trainer, "min_p", None)
+        and getattr(trainer, "repetition_penalty", 1.0) in (None, 1.0)
+        and not getattr(trainer.args, "generation_kwargs", None)
+        and not getattr(trainer, "mask_truncated_completions", False)
+        and all(getattr(own, n, None) in (None, 0, 1.0, [], {}) for n in _CHANGES_WHAT_IS_DRAWN)
+        and not _has_dropout(trainer.model)
+    )
+
+
+def _moved(column: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, for which the host does not wait."""
+    if device.type == "cuda":
+        return column.pin_memory().to(device, non_blocking=True)
+    return column.to(device)
 
 
 def _has_dropout(model: nn.Module) -> bool:
@@ -303,12 +362,13 @@ def _dropouts(module: nn.Module) -> list[float]:
 
 
 def _token_ids(tokenizer: Any, text: str | None) -> list[int]:
-    """The tokens of a delimiter; none where the tokenizer does not know it."""
+    """The tokens of a delimiter; none where the tokenizer has none for it."""
     if text is None or not hasattr(tokenizer, "encode"):
         return []
     found = tokenizer.encode(text, add_special_tokens=False)
     unknown = {getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "pad_token_id", None)}
-    return [] if unknown & {*found} else [*found]
+    is_spelt = text == _THINKING_END and len(found) > 1
+    return [] if is_spelt or unknown & {*found} else [*found]
 
 
 def _text(message: Any) -> str:

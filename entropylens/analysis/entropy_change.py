@@ -306,7 +306,7 @@ def _token_names(rows: pd.DataFrame) -> dict[Any, str]:
 
 def _parts(rows: pd.DataFrame, column: str, names: Mapping[Any, str]) -> list[Part]:
     rows = rows.assign(change=rows["predicted_entropy_change"].astype("float64"))
-    rows = rows[np.isfinite(rows["change"])].dropna(subset=column)
+    rows = rows[np.isfinite(rows["change"])]
     sums = rows.groupby(column)["change"].agg(["sum", "count"])
     order = sums["sum"].abs().sort_values(ascending=False, kind="stable").index[:_MOST]
     return [

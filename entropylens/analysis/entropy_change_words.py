@@ -71,8 +71,8 @@ def change_rows(found: EntropyChanges) -> list[list[str]]:
                 f"{one.correlation:.3f}",
                 _between(one.correlation_interval, ".3f"),
                 f"{one.rank_correlation:.3f}",
-                f"{one.slope:.3g}",
-                _between(one.slope_interval, ".3g"),
+                f"{one.slope:#.3g}",
+                _between(one.slope_interval, "#.3g"),
                 f"{one.identity:.3f}" if one.name == "exact" else "-",
                 f"{one.at_states:.3f}" if np.isfinite(one.at_states) else "-",
             ]
@@ -105,11 +105,13 @@ def _identity(found: EntropyChanges) -> list[str]:
     exact = next((one for one in found.agreements if one.name == "exact"), None)
     if exact is None:
         return []
+    equal = f"that they are equal explains {exact.identity:.1%} of what was measured"
+    if not exact.identity > 0:
+        equal = "a constant is closer to what was measured: the updates go beyond first order"
     return [
         f"Step by step, measured and predicted change of the entropy have a correlation of "
         f"{exact.correlation:.3f} ({LEVEL:.0%}: {_between(exact.correlation_interval, '.3f')}) and "
-        f"a slope of {exact.slope:.3g} ({_between(exact.slope_interval, '.3g')}); that they are "
-        f"equal explains {exact.identity:.1%} of what was measured."
+        f"a slope of {exact.slope:#.3g} ({_between(exact.slope_interval, '#.3g')}); {equal}."
     ]
 
 

@@ -148,7 +148,7 @@ def _changes(found: Overview, figures: Mapping[str, dict[str, Any]]) -> Iterator
     names = ["entropy/change/measured", *(name for name in names if name in found.curves)]
     yield _section("Why the entropy moved", change_sentences(changes), figures, _explained(names))
     heads = ["estimate", "steps", "correlation", "95 %", "rank correlation", "slope", "95 %"]
-    heads += ["explained by y = x", "over states"]
+    heads += ["y = x explains", "over states"]
     note = (
         "Measured change of the entropy in a step against each estimate's mean over the step. "
         "exact is the derivative along the whole update, at the states that are measured; the "
@@ -158,7 +158,7 @@ def _changes(found: Overview, figures: Mapping[str, dict[str, Any]]) -> Iterator
         "without clipping and importance ratio. The last column correlates the states of one step, "
         "median."
     )
-    rows = [[_code(name), *cells] for name, *cells in change_rows(changes)]
+    rows = [[escape(cell).replace(" ", "&nbsp;") for cell in row] for row in change_rows(changes)]
     yield _table("What foretells the change of the entropy", note, heads, rows)
     kinds = (("Tokens", "token", changes.tokens), ("Samples", "sample", changes.samples))
     for title, kind, parts in kinds:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from entropylens.capture.policy import PolicyBatch, join_policies
+from entropylens.capture.rollouts import join_rollouts
 from entropylens.capture.tokens import Grid, TokenSlice, TokenSource, choose, join_slices
 from entropylens.diagnostics.surprisal_gap_test import EXPONENTS, surprisal_cumulants
 from entropylens.registry import (
     PolicyReading,
     PreferenceReading,
+    RolloutReading,
     SampledReading,
     TokenReading,
 )
@@ -35,6 +37,8 @@ class MicroBatches:
     """Of each micro-batch, where a trainer learns preferences."""
     is_routed: bool = False
     """What routers of a mixture of experts decided was measured."""
+    rollouts: list[RolloutReading] = field(default_factory=list)
+    """Completions generated since the last step, a reading for each generation."""
     _summed: set[str] = field(default_factory=set)
     _slices: list[TokenSlice] = field(default_factory=list)
     _sample_ids: list[Sequence[str] | None] = field(default_factory=list)
@@ -84,9 +88,13 @@ class MicroBatches:
         present = grid.present.flatten()[chosen]
         token = grid.targets.flatten()[chosen].clamp(0, logits.shape[1] - 1)
         entropy, varentropy, cumulant = surprisal_cumulants(logits, EXPONENTS, temperature)
-        scaled = logits / temperature
+        scaled = logits.float() / temperature
         logprob = scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(1)
         self._sampled.append((-logprob - entropy, varentropy, cumulant, present))
+
+    def rollout_reading(self) -> RolloutReading:
+        """All completions that were generated for the step; there must be some."""
+        return join_rollouts(self.rollouts)
 
     def name_last(self, sample_ids: Sequence[str] | None) -> None:
         """Name the samples of the micro-batch measured last, unless it has names."""

@@ -20,6 +20,10 @@ class OptimizerEvents(Protocol):
     def due(self) -> Mapping[str, Any]:
         """What diagnostics that are due in the step in progress read; empty if none is."""
 
+    @property
+    def wants_update(self) -> bool:
+        """Whether parameters are to be kept from before the step in progress."""
+
     def take(self, reads: str, reading: Any) -> None:
         """A reading is ready."""
 
@@ -207,7 +211,7 @@ class OptimizerTap:
                 found = _Unscaled(found, scale.clone())
             if found:
                 events.take("gradients", GradientReading(gradients=found, optimizer=self.name))
-        if {"update", "probe"} & events.due.keys():
+        if events.wants_update:
             self._before = {n: p.detach().clone() for n, p in self._parameters().items()}
 
     def _read_after(self) -> None:

@@ -22,9 +22,11 @@ _OF_TOKENS: Final = (
     "reference_logprob",
     "reverse_kl",
     "forward_kl",
+    "loss_weight",
     "thoughts",
     "answers",
 )
+_BY_SEQUENCE_TOO: Final = ("advantage", "loss_weight")
 _OF_SEQUENCES: Final = ("reward", "correct", "pass_rate", "group")
 
 
@@ -32,13 +34,14 @@ _OF_SEQUENCES: Final = ("reward", "correct", "pass_rate", "group")
 class PolicyBatch:
     """One micro-batch of ``B`` completions, in the rows of its forward.
 
-    Columns are the last ``C`` that the forward scored, C being the width of completions. Fields are
-    as in `entropylens.registry.PolicyReading`, ``[B, C]`` where those are ``[n]`` and ``[B]`` where
+    Columns are the last ``C`` that the forward scored, C being the width of completions, the same
+    for all fields: the mask's, or all that the forward scored where there is no mask. Fields are as
+    in `entropylens.registry.PolicyReading`, ``[B, C]`` where those are ``[n]`` and ``[B]`` where
     they are ``[sequences]``.
     """
 
     advantage: Tensor
-    """``[B, C]`` or ``[B]``."""
+    """``[B, C]``, or ``[B]`` or ``[B, 1]`` for all tokens of a sequence."""
     mask: Tensor | None = None
     """``[B, C]``, true where the loss counts a token; None is everywhere the forward scored."""
     old_logprob: Tensor | None = None
@@ -46,6 +49,8 @@ class PolicyBatch:
     reference_logprob: Tensor | None = None
     reverse_kl: Tensor | None = None
     forward_kl: Tensor | None = None
+    loss_weight: Tensor | None = None
+    is_pull_known: bool = True
     thoughts: Tensor | None = None
     answers: Tensor | None = None
     clip: tuple[float, float] | None = None
@@ -68,20 +73,24 @@ class PolicyBatch:
         """
         if self.ratio_level not in RATIO_LEVELS:
             raise ValueError(
-                f"Lens.observe_policy: expected ratio_level to be one of "
-                f"{', '.join(RATIO_LEVELS)}, got {self.ratio_level!r}"
+                f"policy: expected ratio_level to be one of {', '.join(RATIO_LEVELS)}, got "
+                f"{self.ratio_level!r}"
             )
-        for name in (*_OF_TOKENS, *_OF_SEQUENCES, "mask"):
+        rows, width = shape
+        if self.mask is not None and self.mask.ndim == 2:
+            width = min(self.mask.shape[1], width)
+        for name in ("mask", *_OF_TOKENS, *_OF_SEQUENCES):
             value = getattr(self, name)
             if value is None:
                 continue
-            axes = (1,) if name in _OF_SEQUENCES else (1, 2) if name == "advantage" else (2,)
-            is_wide = value.ndim == 2 and value.shape[1] > shape[1]
-            if value.ndim not in axes or value.shape[0] != shape[0] or is_wide:
-                said = "[B]" if axes == (1,) else "[B, C]" if axes == (2,) else "[B] or [B, C]"
+            one, wide = (rows,), (rows, width)
+            fitting: list[tuple[int, ...]] = [one if name in _OF_SEQUENCES else wide]
+            if name in _BY_SEQUENCE_TOO:
+                fitting = [wide, one, (rows, 1)]
+            if tuple(value.shape) not in fitting:
+                said = " or ".join(map(str, fitting))
                 raise ValueError(
-                    f"Lens.observe_policy: expected {name} of shape {said} with B = {shape[0]} "
-                    f"and C of at most {shape[1]}, got {tuple(value.shape)}"
+                    f"policy: expected {name} of shape {said}, got {tuple(value.shape)}"
                 )
 
     def narrow(self, source: TokenSource) -> TokenSource:
@@ -95,7 +104,10 @@ class PolicyBatch:
     def token_columns(self, part: TokenSlice, shape: tuple[int, int]) -> dict[str, Tensor]:
         """Columns of the tokens that were measured, by name; what is not known is left out."""
         wide = self.wide_columns(_OF_TOKENS, shape, part.logprob.device)
-        return {name: value.flatten()[part.index] for name, value in wide.items()}
+        columns = {name: value.flatten()[part.index] for name, value in wide.items()}
+        # Without one this very policy is the old one.
+        columns.setdefault("old_logprob", part.logprob)
+        return columns
 
     def wide_columns(
         self, names: Sequence[str], shape: tuple[int, int], device: torch.device
@@ -107,9 +119,34 @@ class PolicyBatch:
             if value is None:
                 continue
             value = value.detach().to(device)
-            value = value[:, None].expand(-1, shape[1]) if value.ndim == 1 else value
+            value = value[:, None] if value.ndim == 1 else value
+            if value.shape[1] == 1:
+                value = value.expand(-1, shape[1])
             columns[name] = _widened(value, shape)
         return columns
+
+    def pull_columns(self, source: TokenSource) -> dict[str, Tensor]:
+        """What a loss takes of each token, ``[B, L]``: advantage, log-ratio, factor.
+
+        Nothing where that is not all, or where a sequence's ratio needs log-probabilities that
+        ``source`` does not have of all tokens.
+        """
+        shape, device = source.grid.shape, source.grid.present.device
+        found = self.wide_columns(("advantage", "old_logprob", "loss_weight"), shape, device)
+        old = found.pop("old_logprob", None)
+        if not self.is_pull_known:
+            return {}
+        if old is None:
+            return found
+        if not isinstance(source, FusedTokens):
+            return {}
+        present = source.grid.present
+        ratio = torch.where(present, source.logprob - old, 0.0)
+        if self.ratio_level != "token":
+            total = ratio.sum(1, keepdim=True)
+            count = present.sum(1, keepdim=True).clamp(min=1)
+            ratio = (total / count if self.ratio_level == "sequence" else total).expand(shape)
+        return {**found, "log_ratio": ratio}
 
     def sequence_columns(self, device: torch.device) -> dict[str, Tensor]:
         """Columns of the sequences, by name; what is not known is left out."""
@@ -179,6 +216,8 @@ def join_policies(
         for batch, part, shape in batches
     ]
     known = [name for name in columns[0] if all(name in one for one in columns)]
+    if all(batch.old_logprob is None for batch, _, _ in batches):
+        known.remove("old_logprob")
     joined: dict[str, Any] = {name: torch.cat([one[name] for one in columns]) for name in known}
     for name in ("prompts", "completions"):
         texts = [getattr(batch, name) for batch, _, _ in batches]
@@ -187,6 +226,7 @@ def join_policies(
     return PolicyReading(
         tokens=tokens,
         clip=first.clip,
+        is_pull_known=all(batch.is_pull_known for batch, _, _ in batches),
         ratio_level=first.ratio_level,
         **joined,
     )

@@ -50,14 +50,16 @@ def token_pull(log_ratio: Tensor, advantage: Tensor, clip: tuple[float, float] |
 
 
 def pull(reading: PolicyReading | ProbeReading) -> Tensor:
-    """`token_pull` of every token of a reading."""
+    """``[n]`` r A I_clip times the loss's own factor, of every token of a reading."""
     if isinstance(reading, PolicyReading):
-        return token_pull(log_ratio(reading), reading.advantage, reading.clip)
+        ratio = log_ratio(reading)
+    else:
+        nothing = torch.zeros_like(reading.weight)
+        ratio = nothing if reading.log_ratio is None else reading.log_ratio
     if reading.advantage is None:
         raise ValueError("pull: expected a probe of a policy's step, got one without advantages")
-    logprob = reading.before.log_softmax(-1).gather(1, reading.token_id[:, None])[:, 0]
-    old = logprob if reading.old_logprob is None else reading.old_logprob
-    return token_pull(logprob - old, reading.advantage, reading.clip)
+    found = token_pull(ratio, reading.advantage, reading.clip)
+    return found if reading.loss_weight is None else found * reading.loss_weight
 
 
 def distribution_weight(reading: PolicyReading) -> Tensor:

@@ -170,8 +170,8 @@ def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Te
     parts = (tensor.split(rows) for tensor in (before, after, direction))
     for old, new, change in zip(*parts, strict=True):
         entropy, discriminator = entropy_of(old.to(kind))
-        # A class that is masked (-inf) has no discriminator and moves nowhere.
-        moved = torch.where(discriminator == 0, 0.0, change.to(kind))
+        # A class that is masked moves nowhere, whatever its derivative is said to be.
+        moved = torch.where(old == -torch.inf, 0.0, change.to(kind))
         found = [entropy_of(logits.to(kind))[0] - entropy for logits in (new, old + moved)]
         changes.append(torch.stack([-(discriminator * moved).sum(-1), *found]))
     return tuple(torch.cat(changes, 1))
@@ -201,7 +201,7 @@ class EntropyChange(Diagnostic):
         estimates = {EXACT: predicted}
         if reading.advantage is not None:
             parts = _parts(reading)
-            estimates |= {name: find(parts).double() for name, find in ESTIMATORS.items()}
+            estimates |= {name: find(parts).to(weight.dtype) for name, find in ESTIMATORS.items()}
             blocks.append(_cells(parts, predicted, weight))
         blocks.append(_token_rows(reading, predicted))
         modules, columns = list(estimates), torch.stack([*estimates.values()]).to(weight.dtype)
@@ -232,7 +232,7 @@ def _parts(reading: ProbeReading) -> TokenParts:
         entropy=entropy,
         advantage=reading.advantage.to(picked.dtype),
         pull=pull(reading).to(picked.dtype),
-        old_logprob=None if reading.old_logprob is None else reading.old_logprob.to(picked.dtype),
+        old_logprob=None if reading.log_ratio is None else picked - reading.log_ratio,
         expected_discriminator=(logp.exp() * discriminator).sum(-1),
         weight=reading.weight.to(picked.dtype),
     )

@@ -223,4 +223,8 @@ class EntropyDiscriminator(Diagnostic):
         names = ["discriminator/expected/mean", "entropy/estimate/discriminator"]
         names += ["discriminator/excess/mean", "discriminator/excess/std"]
         names += [f"discriminator/cell/{cell}/{of}" for of in ("share", "change") for cell in CELLS]
+        if not reading.is_pull_known:
+            kept = [n for n in names if not n.endswith(("estimate/discriminator", "/change"))]
+            values = values[[names.index(name) for name in kept]]
+            names = kept
         return [*blocks, Block.metrics(names, values, weight=weight.sum())], state

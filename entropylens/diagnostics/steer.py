@@ -118,11 +118,12 @@ class Steer(Diagnostic):
         """Forecast the entropy change of one step's tokens."""
         tokens, old = reading.tokens, reading.old_logprob
         logprob, entropy = tokens.logprob, tokens.entropy
-        terms = [
-            steer_term(logprob, entropy, pull(reading)),
-            steer_released_term(
+        terms = {
+            "entropy/estimate/steer_released": steer_released_term(
                 logprob, entropy, reading.advantage, logprob if old is None else old
-            ),
-        ]
-        means = weighted_mean(torch.stack(terms), tokens.weight)
-        return [Block.metrics(list(METRICS), means, weight=tokens.weight.sum())], state
+            )
+        }
+        if reading.is_pull_known:
+            terms["entropy/estimate/steer"] = steer_term(logprob, entropy, pull(reading))
+        means = weighted_mean(torch.stack(list(terms.values())), tokens.weight)
+        return [Block.metrics(list(terms), means, weight=tokens.weight.sum())], state

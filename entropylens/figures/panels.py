@@ -76,7 +76,7 @@ PANELS: Final = (
     ),
     Panel(
         "groups",
-        "Groups of completions that teach nothing",
+        "Groups that teach nothing",
         (
             Shown("group/no_spread/share", "equal rewards", "purple", phase=ROLLOUT),
             Shown("group/all_correct/share", "all right", "green", phase=ROLLOUT),
@@ -85,10 +85,10 @@ PANELS: Final = (
     ),
     Panel(
         "diversity",
-        "Answers",
+        "Share of answers",
         (
-            Shown("answer/distinct/share", "different ones of a group", "blue", phase=ROLLOUT),
-            Shown("pass_at/1", "right ones (pass@1)", "green", phase=ROLLOUT),
+            Shown("answer/distinct/share", "different", "blue", phase=ROLLOUT),
+            Shown("pass_at/1", "right (pass@1)", "green", phase=ROLLOUT),
         ),
     ),
     Panel(
@@ -101,9 +101,9 @@ PANELS: Final = (
     ),
     Panel(
         "covariance",
-        "Covariance of log-probability and advantage",
+        "Covariance of log p and advantage",
         (
-            Shown("covariance/total/mean", "over the batch", "grey"),
+            Shown("covariance/total/mean", "total", "grey"),
             Shown("covariance/within/mean", "within states", "blue"),
             Shown("covariance/between/mean", "between states", "orange"),
         ),

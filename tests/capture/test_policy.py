@@ -1,5 +1,6 @@
 """What a loop or a trainer says of a policy's tokens, and where it goes in the log."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,55 @@ def test_advantages_by_token_and_what_stands_in_masked_places(tmp_path: Path) ->
     assert found["covariance/within/mean"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_micro_batch_without_an_old_policy_is_its_own_among_others(tmp_path: Path) -> None:
+    batch = shown()
+    logp = batch["logits"].log_softmax(-1).gather(2, batch["token_ids"][..., None])[..., 0]
+    found = values(run_with(tmp_path, {**batch, "old_logprob": logp - 0.1}, shown(2)))
+    counts = [int(b["mask"].sum()) for b in (batch, shown(2))]
+    expected = (counts[0] * math.exp(0.1) + counts[1]) / sum(counts)
+    assert found["ratio/mean"] == pytest.approx(expected, rel=1e-5)
+    assert found["ratio/on_policy/share"] == pytest.approx(counts[1] / sum(counts))
+
+
+def test_one_advantage_a_sequence_may_be_a_column(tmp_path: Path) -> None:
+    batch = shown()
+    one = values(run_with(tmp_path / "flat", batch))
+    column = {**batch, "advantage": batch["advantage"][:, None]}
+    assert (
+        values(run_with(tmp_path / "column", column))["covariance/within/mean"]
+        == (one["covariance/within/mean"])
+    )
+
+
+def test_a_factor_of_the_loss_weighs_the_pull(tmp_path: Path) -> None:
+    batch = shown()
+    weight = torch.rand(ROWS, WIDTH, generator=generator(7))
+    found = values(run_with(tmp_path / "weighted", {**batch, "loss_weight": weight}))
+    logp = batch["logits"].double().log_softmax(-1)
+    p, entropy = logp.exp(), -(logp.exp() * logp).sum(-1)
+    discriminator = p * (logp + entropy[..., None])
+    picked = discriminator.gather(2, batch["token_ids"][..., None])[..., 0]
+    change = -(picked - (p * discriminator).sum(-1)) * batch["advantage"][:, None] * weight
+    expected = change[batch["mask"]].mean().item()
+    assert found["entropy/estimate/discriminator"] == pytest.approx(expected, rel=1e-4)
+    unknown = values(run_with(tmp_path / "unknown", {**batch, "is_pull_known": False}))
+    assert "covariance/within/mean" in unknown
+    assert "discriminator/excess/mean" in unknown
+    assert not {"entropy/estimate/discriminator", "entropy/estimate/steer"} & unknown.keys()
+
+
+def test_ratios_of_sequences_take_all_tokens_however_few_rows_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    batch = shown()
+    logp = batch["logits"].log_softmax(-1).gather(2, batch["token_ids"][..., None])[..., 0]
+    noise = 0.1 * torch.randn(ROWS, WIDTH, generator=generator(3))
+    given = {**batch, "old_logprob": logp - noise, "ratio_level": "product"}
+    found = values(run_with(tmp_path, given, rows=16))
+    ratio = torch.where(batch["mask"], noise.double(), 0.0).sum(1).exp()
+    assert found["ratio/mean"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+
+
 def test_other_policies_are_compared(tmp_path: Path) -> None:
     batch = shown()
     logp = batch["logits"].log_softmax(-1).gather(2, batch["token_ids"][..., None])[..., 0]
@@ -177,6 +227,41 @@ def test_a_rollout_is_recorded_apart(tmp_path: Path) -> None:
     assert found["rollout/seconds"] == 0.5
 
 
+def test_generations_of_one_step_are_one_rollout(tmp_path: Path) -> None:
+    with el.Lens(run_dir=tmp_path / "run", preset="full", max_overhead=None) as lens:
+        for rewards, width in (([1.0, 1.0], 3), ([0.0, 1.0], 5)):
+            ids = torch.ones(2, width, dtype=torch.long)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            lens.observe_rollout(
+                reward=torch.tensor(rewards), group_size=2, token_id=ids, mask=mask, seconds=1.0
+            )
+        lens.step()
+    rows = el.open_run(tmp_path / "run").metrics("*").to_arrow().to_pylist()
+    found = {row["name"]: row["value"] for row in rows}
+    assert len(rows) == len({(row["name"], row["module"]) for row in rows})
+    assert found["reward/mean"] == 0.75
+    assert found["group/no_spread/share"] == 0.5
+    assert found["completion/length/mean"] == 4.0
+    assert found["rollout/seconds"] == 2.0
+
+
+def test_rollouts_that_come_every_second_step_are_measured_at_any_interval(tmp_path: Path) -> None:
+    """Generations at steps 1, 3, 5, ...: never at a multiple of 2."""
+    steps = {}
+    for every in (1, 2, 3, 4):
+        folder = tmp_path / str(every)
+        chosen = {"reward_components": every}
+        with el.Lens(run_dir=folder, diagnostics=chosen, max_overhead=None) as lens:
+            for step in range(1, 14):
+                if step % 2:
+                    lens.observe_rollout(reward=torch.ones(4), group_size=2)
+                lens.step()
+        rows = el.open_run(folder).metrics("reward/mean").to_arrow().to_pylist()
+        steps[every] = [row["step"] for row in rows]
+    assert steps[1] == steps[2] == [1, 3, 5, 7, 9, 11, 13]
+    assert steps[3] == steps[4] == [1, 5, 9, 13]
+
+
 def refused(folder: Path, **changes: Any) -> str:
     batch: dict[str, Any] = {**shown(), **changes}
     known = {name: value for name, value in batch.items() if value is not None}
@@ -191,24 +276,20 @@ def refused(folder: Path, **changes: Any) -> str:
 def test_what_does_not_fit_is_refused_in_the_first_step(tmp_path: Path) -> None:
     folders = (tmp_path / str(number) for number in range(10))
     assert refused(next(folders), advantage=torch.zeros(3)) == (
-        "Lens.observe_policy: expected advantage of shape [B] or [B, C] with B = 6 and C of "
-        "at most 9, got (3,)"
+        "policy: expected advantage of shape (6, 9) or (6,) or (6, 1), got (3,)"
     )
     assert refused(next(folders), old_logprob=torch.zeros(6)) == (
-        "Lens.observe_policy: expected old_logprob of shape [B, C] with B = 6 and C of at most "
-        "9, got (6,)"
+        "policy: expected old_logprob of shape (6, 9), got (6,)"
+    )
+    # One column too few would be taken for the last ones.
+    assert refused(next(folders), old_logprob=torch.zeros(6, 8)) == (
+        "policy: expected old_logprob of shape (6, 9), got (6, 8)"
     )
     assert refused(next(folders), reward=torch.zeros(6, 2)) == (
-        "Lens.observe_policy: expected reward of shape [B] with B = 6 and C of at most 9, got "
-        "(6, 2)"
-    )
-    assert refused(next(folders), reference_logprob=torch.zeros(6, 20)) == (
-        "Lens.observe_policy: expected reference_logprob of shape [B, C] with B = 6 and C of at "
-        "most 9, got (6, 20)"
+        "policy: expected reward of shape (6,), got (6, 2)"
     )
     assert refused(next(folders), ratio_level="prompt") == (
-        "Lens.observe_policy: expected ratio_level to be one of token, sequence, product, "
-        "got 'prompt'"
+        "policy: expected ratio_level to be one of token, sequence, product, got 'prompt'"
     )
     assert refused(next(folders), token_ids=None) == (
         "Lens.observe_policy: expected logits and token_ids, or logprob and entropy, got logits"

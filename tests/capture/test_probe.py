@@ -1,5 +1,6 @@
 """An update is asked about at the same states before and after, and nothing is disturbed by it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from untouched import tiny
 
+import entropylens as el
 from entropylens.capture.policy import PolicyBatch
-from entropylens.capture.probe import SEQUENCES, UpdateProbe
+from entropylens.capture.probe import SEQUENCES, UpdateProbe, probe_obstacle
 from entropylens.capture.tokens import LogitTokens
 from entropylens.registry import ProbeReading
 
@@ -83,7 +85,7 @@ def test_the_direction_is_what_small_updates_do_at_the_temperature_of_the_loss()
     reading = probe.reading(before, after, 0.5)
     moved = reading.after - reading.before
     # Llama's norms and rotations are in float32 whatever the weights are.
-    assert float((reading.direction - moved).norm() / moved.norm()) < 2e-3
+    assert float((reading.direction - moved).norm() / moved.norm()) < 4e-3
     assert torch.allclose(reading.after, 2 * logits_of(model, ids, reading).double(), atol=1e-12)
 
 
@@ -103,25 +105,90 @@ def test_a_finite_difference_stands_in_where_forward_mode_is_not_supported() -> 
     assert torch.allclose(exact.before, other.before)
 
 
+class Opaque(torch.autograd.Function):
+    """An identity that cannot be differentiated forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class OpaqueNorm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return Opaque.apply(self.norm(hidden))  # type: ignore[no-untyped-call]
+
+
 def test_an_operation_without_a_forward_derivative_is_noticed() -> None:
-    class Opaque(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return gradients[0]
-
     torch.manual_seed(0)
     model = tiny.llama()
-    model.model.norm.register_forward_hook(lambda module, args, out: Opaque.apply(out))  # type: ignore[no-untyped-call]
+    model.model.norm = OpaqueNorm(model.model.norm)
     ids = batch()
     probe = kept(model, ids)
     reading = probe.reading(*step(model, ids, 0.1), 1.0)
     assert not reading.is_exact
     moved = reading.after - reading.before
     assert float((reading.direction - moved).norm() / moved.norm()) < 0.2
+
+
+def test_running_out_of_memory_is_not_taken_for_a_missing_derivative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no more")
+
+    model = tiny.llama()
+    ids = batch()
+    probe = kept(model, ids)
+    monkeypatch.setattr("entropylens.capture.probe.jvp", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        probe.reading(*step(model, ids, 0.1), 1.0)
+    assert probe._has_forward_mode
+
+
+def test_checkpointing_s_own_hook_does_not_hinder_the_exact_derivative() -> None:
+    torch.manual_seed(0)
+    model = tiny.llama()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    ids = batch()
+    probe = kept(model, ids)
+    reading = probe.reading(*step(model, ids, 0.1), 1.0)
+    assert reading.is_exact
+    assert bool((reading.after != reading.before).any())
+
+
+def test_hooks_of_others_are_neither_fired_nor_ignored() -> None:
+    model = tiny.llama()
+    seen = []
+    handle = model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+    ids = batch()
+    probe = kept(model, ids)
+    before, after = step(model, ids, 0.1)
+    fired = len(seen)
+    with pytest.raises(ValueError, match="expected modules without forward hooks of others"):
+        probe.reading(before, after, 1.0)
+    assert len(seen) == fired
+    handle.remove()
+    probe = kept(model, ids)
+    assert probe.reading(before, after, 1.0).is_exact
+
+
+def test_weights_that_are_not_the_model_s_are_refused_and_not_taken_for_no_change() -> None:
+    model = tiny.llama()
+    ids = batch()
+    before, after = step(model, ids, 0.1)
+    masters = [{f"parameter_{i}": p for i, p in enumerate(w.values())} for w in (before, after)]
+    probe = kept(model, ids)
+    with pytest.raises(ValueError, match="expected the optimiser to hold the model's own param"):
+        probe.reading(*masters, 1.0)
 
 
 def test_neither_modes_nor_random_numbers_nor_weights_change() -> None:
@@ -192,8 +259,62 @@ def test_inputs_that_cannot_be_cut_are_not_kept() -> None:
     assert probe.is_empty
 
 
-def test_only_whole_causal_language_models_are_asked() -> None:
-    assert UpdateProbe.suits(tiny.llama())
-    assert UpdateProbe.suits(tiny.lora(tiny.llama()))
-    assert not UpdateProbe.suits(tiny.Perceptron())
-    assert not UpdateProbe.suits(tiny.classifier())
+def test_only_whole_plain_causal_language_models_of_moderate_size_are_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert probe_obstacle(tiny.llama()) is None
+    assert probe_obstacle(tiny.lora(tiny.llama())) is None
+    assert probe_obstacle(tiny.Perceptron()) == ""
+    assert probe_obstacle(tiny.classifier()) == ""
+    packed = tiny.llama()
+    packed.lm_head.weight = nn.Parameter(packed.lm_head.weight.to(torch.int8), requires_grad=False)
+    assert probe_obstacle(packed) == "its weights are quantised"
+    monkeypatch.setattr("entropylens.capture.probe.MOST_BYTES", 1000)
+    assert "copies of its weights would take" in (probe_obstacle(tiny.llama()) or "")
+
+
+def test_long_sequences_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("entropylens.capture.probe.TOKENS", 36)
+    model = tiny.llama()
+    ids = batch(rows=8)
+    probe = kept(model, ids)
+    reading = probe.reading(*step(model, ids, 0.1), 1.0)
+    assert len(reading.sequence.unique()) == 3
+
+
+def lens_over(folder: Path, model: Any, steps: int, hinder: Any = None) -> el.Run:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"preset": "full", "max_overhead": None}
+    with el.Lens(model, optimizer, run_dir=folder / "run", **settings) as lens:
+        for number in range(steps):
+            ids = batch()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            if hinder is not None and number == 1:
+                hinder()
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step()
+    run = el.open_run(folder / "run")
+    assert run.status()[0].faults == {}
+    return run
+
+
+def test_any_loop_over_a_causal_model_shows_what_its_updates_do(tmp_path: Path) -> None:
+    run = lens_over(tmp_path, tiny.llama(), 3)
+    rows = run.metrics("entropy/change/measured").to_arrow().to_pylist()
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["value"] != 0 for row in rows)
+
+
+def test_a_model_that_cannot_be_asked_any_more_is_let_be_and_an_event_says_so(
+    tmp_path: Path,
+) -> None:
+    model = tiny.llama()
+    hook = model.model.norm.register_forward_hook
+    run = lens_over(tmp_path, model, 5, lambda: hook(lambda *_: None))
+    rows = run.metrics("entropy/change/measured").to_arrow().to_pylist()
+    assert [row["step"] for row in rows] == [1]
+    events = [e for e in run.events().to_arrow().to_pylist() if e["kind"] == "capture"]
+    assert len(events) == 1
+    assert "without forward hooks of others" in events[0]["message"]

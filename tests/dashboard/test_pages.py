@@ -14,9 +14,11 @@ from entropylens.store.reader import open_run
 from entropylens_dashboard import create_server
 from entropylens_dashboard.desk import Desk, events, headlines, marks, verdict
 from entropylens_dashboard.library import Library
+from entropylens_dashboard.pages import compare, vitals
 from entropylens_dashboard.pages.compare import _outcome
 from entropylens_dashboard.pages.runs import _cells
 from entropylens_dashboard.readings import Readings
+from entropylens_dashboard.sheet import View
 
 
 def desk(folder: Path) -> Desk:
@@ -84,6 +86,59 @@ def test_what_a_trainer_logs_as_reward_is_judged(folder: Path, make: Any) -> Non
     judged, _ = verdict(entry, headlines(found, entry.run), events(entry.run))
     assert judged.level == "failing"
     assert "reward" in judged.reason
+
+
+def test_a_reward_of_rollouts_is_judged_listed_and_compared(folder: Path, make: Any) -> None:
+    writer = make("run", steps=0)
+    values = np.r_[np.linspace(0.2, 0.8, 300), np.full(100, 0.1)]
+    write(writer, "reward/mean", np.arange(400), values, phase="rollout")
+    write(writer, "framework/reward", np.arange(400), np.full(400, 0.5))
+    write(writer, "loss/mean", np.arange(400), np.zeros(400))
+    writer.flush()
+    found = desk(folder)
+    entry = found.library.entries()[0]
+    assert entry.run is not None
+    series = headlines(found, entry.run)
+    assert series["reward/mean"].values.tolist() == values.tolist()
+    judged, _ = verdict(entry, series, events(entry.run))
+    assert judged.level == "failing"
+    assert judged.reason.startswith("the reward left its range")
+    assert (min(_cells(found, entry)["loss"]), max(_cells(found, entry)["loss"])) == (0.1, 0.8)
+    _, (row,) = _outcome(found, [entry.run], ["reward/mean", "loss/mean"])
+    assert (row["value0"], row["value1"]) == ("0.1", "0")
+    assert {"reward/mean", "loss/mean"} <= set(found.readings.names(entry.run))
+
+
+def test_training_comes_before_rollouts_where_both_have_a_name(folder: Path, make: Any) -> None:
+    writer = make("run", steps=0)
+    write(writer, "reward/mean", [1, 2], [1.0, 1.0])
+    write(writer, "reward/mean", [1, 2, 3], [2.0, 2.0, 2.0], phase="rollout")
+    writer.flush()
+    found = desk(folder)
+    run = found.library.entries()[0].run
+    assert run is not None
+    assert headlines(found, run)["reward/mean"].values.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("page", ["vitals", "compare"])
+def test_pages_draw_series_of_rollouts(folder: Path, make: Any, page: str) -> None:
+    writer = make("run", steps=0)
+    for name in ("reward/mean", "group/no_spread/share", "user/mine"):
+        write(writer, name, [1, 2], [0.5, 0.25], phase="rollout")
+    writer.flush()
+    found = desk(folder)
+    made = {"vitals": vitals.sheet, "compare": compare.sheet}[page]
+    names = {"more": ["user/mine"], "names": ["reward/mean", "user/mine"]}
+    sheet = made(found, {"runs": [found.library.entries()[0].id]}, View(), names)
+    sheet.read(found.readings)
+    drawn = {one.panel.key: one.figure["data"] for one in sheet.pictures()}
+    expected = {
+        "vitals": ["reward", "groups", "user/mine"],
+        "compare": ["reward/mean", "user/mine"],
+    }
+    assert list(drawn) == expected[page]
+    for traces in drawn.values():
+        assert [t["y"].tolist() for t in traces if t["meta"][1] == "line"] == [[0.5, 0.25]]
 
 
 def test_the_newest_events_are_kept_and_stand_where_they_happened(

@@ -77,6 +77,9 @@ def test_extrapolated_is_first_order_in_the_logits_and_exact_in_the_softmax() ->
     _, _, extrapolated = entropy_change(before, before, 3 * direction)
     expected = entropy((before + 3 * direction).double()) - entropy(before.double())
     assert torch.allclose(extrapolated, expected, atol=1e-6)
+    even = torch.zeros(1, 2)
+    _, measured, moved = entropy_change(even, torch.tensor([[1.0, 0]]), torch.tensor([[1.0, 0]]))
+    assert moved == measured < -0.1
     sure = torch.tensor([[3.0, 0.0, 0.0]])
     predicted, _, bounded = entropy_change(sure, sure, torch.tensor([[9.0, 0.0, 0.0]]))
     assert predicted < -entropy(sure).item() < bounded
@@ -159,7 +162,7 @@ def test_the_rows_of_the_tokens_table_are_those_that_change_most() -> None:
 
 
 def test_outside_of_reinforcement_learning_the_exact_direction_stands_alone() -> None:
-    found, _ = values_of(replace(probe(), advantage=None, old_logprob=None, clip=None))
+    found, _ = values_of(replace(probe(), advantage=None, log_ratio=None, clip=None))
     modules = {module for name, module in found if name == "entropy/change/state/correlation"}
     assert modules == {"exact"}
     assert not any("cell" in name for name, _ in found)

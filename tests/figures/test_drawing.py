@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.utils import PlotlyJSONEncoder
 
+from entropylens.dictionary import definition
 from entropylens.figures.axes import Axis
 from entropylens.figures.drawing import Mark, Span, draw, figure, marks_figure
 from entropylens.figures.panels import PANELS, Shown, panel_of, unit_of
@@ -98,6 +99,14 @@ def test_panels_have_keys_of_their_own_and_pairs_of_edges() -> None:
     for panel in PANELS:
         roles = [shown.role for shown in panel.series if shown.role != "line"]
         assert roles == ["low", "high"] * (len(roles) // 2)
+
+
+@pytest.mark.parametrize(
+    "key", ["change", "covariance", "groups", "diversity", "ratio", "mismatch", "length"]
+)
+def test_what_a_panel_of_a_policy_shows_is_measured_and_of_one_unit(key: str) -> None:
+    panel = next(panel for panel in PANELS if panel.key == key)
+    assert len({definition(name).unit for name in panel.names}) == 1
 
 
 def test_a_panel_of_picked_names_and_units() -> None:
