@@ -258,3 +258,69 @@ def test_thinking_ends_at_the_delimiter(tmp_path: Path) -> None:
             thinking += kept.index(delimiter) if delimiter in kept else len(kept)
         rows = run.metrics("entropy/phase/thinking/mean", steps=(step, step)).to_arrow()
         assert rows["weight"].to_pylist() == [thinking]
+
+
+def test_checkpointing_leaves_the_derivative_exact(tmp_path: Path) -> None:
+    run = trained(grpo(tmp_path, gradient_checkpointing=True, max_steps=2), tmp_path)
+    assert series(run, "entropy/change/exact/share") == {1: 1.0, 2: 1.0}
+    assert all(series(run, "entropy/change/measured").values())
+
+
+@pytest.mark.parametrize("level", ["sequence", "product"])
+def test_states_have_the_ratio_of_their_sequence(tmp_path: Path, level: str) -> None:
+    """Once no token is learnt from, every estimate that knows the loss says no change."""
+    options: dict[str, Any] = {"num_iterations": 3, "epsilon": 0.0, "max_steps": 3, "beta": 0.0}
+    if level == "sequence":
+        options |= {"importance_sampling_level": "sequence", "loss_type": "grpo"}
+    make = grpo if level == "sequence" else rloo
+    run = trained(make(tmp_path, model=calm(), **options), tmp_path)
+    clipped = series(run, "clip/region/share")
+    assert clipped[3] == 1.0
+    rows = run.metrics("entropy/change/state/correlation", steps=(3, 3)).to_arrow().to_pylist()
+    told = {row["module"] for row in rows}
+    # A column of zeros has no correlation; those that do not know the ratio have one.
+    assert "natural_gradient" in told
+    assert not {"discriminator", "steer", "clip_b"} & told
+
+
+def test_two_generations_of_one_step_are_one_rollout_of_different_groups(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1, max_steps=2)
+    options = RolloutOptions(record_text=True)
+    run = trained(trainer, tmp_path, rollouts=options)
+    weights = run.metrics("group/no_spread/share").to_arrow()["weight"].to_pylist()
+    assert weights == [4.0, 4.0]
+    prompts: dict[str, set[str]] = {}
+    for row in run.completions().to_arrow().to_pylist():
+        prompts.setdefault(row["group"], set()).add(row["prompt"])
+    assert all(len(found) == 1 for found in prompts.values())
+
+
+def test_what_scores_while_generating_may_return_anything(tmp_path: Path) -> None:
+    """Another version's dictionary is a counted fault and stops nothing."""
+    trainer = rloo(tmp_path, max_steps=1)
+    score = trainer._get_per_token_logps_and_entropies
+    attach(trainer, tmp_path / "run", preset="full")
+    watched = trainer._get_per_token_logps_and_entropies
+    assert watched is not score
+    policy = trainer.callback_handler.callbacks[0]._policy
+    policy._scored = []
+    noted = policy._noting(lambda: {"logps": torch.zeros(1)})
+    assert noted() == {"logps": torch.zeros(1)}
+
+
+def test_correctness_of_several_rewards_is_unknown_unless_one_is_named(tmp_path: Path) -> None:
+    run = trained(grpo(tmp_path / "several", max_steps=1), tmp_path / "several")
+    assert series(run, "pass_at/1") == series(run, "entropy/outcome/correct/mean") == {}
+    named = tmp_path / "named"
+    run = trained(grpo(named, max_steps=1), named, rollouts=RolloutOptions(correct_by="right"))
+    assert list(series(run, "pass_at/1")) == [1]
+
+
+def test_samples_of_a_policy_are_not_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected no sample_id for GRPOTrainer, whose samples"):
+        attach(grpo(tmp_path), tmp_path / "run", sample_id="index")
+
+
+def test_the_usual_delimiter_counts_only_as_one_token(tmp_path: Path) -> None:
+    run = trained(grpo(tmp_path, max_steps=1), tmp_path)
+    assert series(run, "entropy/phase/thinking/mean") == {}
