@@ -111,21 +111,22 @@ def read_overview(run: Run) -> Overview:
     Returns:
         The overview; parts that the log lacks are empty.
     """
-    curves = read_curves(run)
+    curves, rollout = read_curves(run), read_curves(run, "rollout")
+    policy = read_entropy_law(curves, rollout)
     loss, rate = curves.get("loss/mean"), curves.get("learning_rate")
-    spikes = [] if loss is None else find_spikes(loss.steps, loss.values)
+    # A policy's loss lies near 0 whatever happens: it has no usual range to leave.
+    spikes = [] if loss is None or policy is not None else find_spikes(loss.steps, loss.values)
     jumps = [] if rate is None else find_jumps(rate.steps, rate.values)
     found = Overview(run, run.state(), curves, read_curves(run, "eval"), spikes, jumps, None)
     compared, around = _stretches(found)
     tokens = run.tokens().to_pandas()
-    rollout = read_curves(run, "rollout")
     return replace(
         found,
         compared=compared,
         tokens=[] if compared is None or tokens.empty else changed_tokens(tokens, *compared),
         samples=worst_samples(run.samples().to_pandas(), around),
         events=run.events().to_arrow().to_pylist(),
-        policy=read_entropy_law(curves, rollout),
+        policy=policy,
         rollout=rollout,
         changes=read_entropy_change(run),
     )
@@ -217,11 +218,7 @@ def _losses(found: Overview) -> list[str]:
     if loss is None or not np.isfinite(loss.values).any():
         return [] if loss is None else ["Not one loss was a finite number."]
     finite = np.isfinite(loss.values)
-    lowest = int(loss.steps[finite][np.argmin(loss.values[finite])])
-    said = [
-        f"The loss went from {number(loss.values[0])} to {number(loss.values[-1])}; "
-        f"its lowest was {number(loss.at(lowest))} at step {lowest:,}."
-    ]
+    said = [_loss_or_reward(found, loss, finite)]
     if not finite.all():
         first = int(loss.steps[~finite][0])
         said.append(
@@ -239,6 +236,21 @@ def _losses(found: Overview) -> list[str]:
             f"reached {number(spike.value)} at step {spike.peak:,}; {after}."
         )
     return said
+
+
+def _loss_or_reward(found: Overview, loss: Curve, finite: NDArray[np.bool_]) -> str:
+    if found.policy is not None:
+        reward = found.policy.reward
+        tenth = max(len(reward) // 10, 1)
+        return (
+            f"Mean reward went from {number(float(reward[:tenth].mean()))} to "
+            f"{number(float(reward[-tenth:].mean()))} (first and last tenth of the run)."
+        )
+    lowest = int(loss.steps[finite][np.argmin(loss.values[finite])])
+    return (
+        f"The loss went from {number(loss.values[0])} to {number(loss.values[-1])}; "
+        f"its lowest was {number(loss.at(lowest))} at step {lowest:,}."
+    )
 
 
 def _causes(found: Overview) -> list[str]:

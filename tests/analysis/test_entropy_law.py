@@ -101,6 +101,9 @@ def test_the_report_has_the_section_where_there_is_a_reward(
     assert ("<h2>Forecasts of the end of entropy</h2>" in page) == with_reward
     assert ({"law", "forecast"} <= figures.keys()) == with_reward
     if with_reward:
+        said = "\n".join(sentences(read_overview(run)))
+        assert "Mean reward went from" in said
+        assert "The loss went from" not in said
         dots, _, high, line = figures["law"]["data"][:4]
         assert dots["mode"] == "markers"
         assert len(dots["x"]["bdata"] if isinstance(dots["x"], dict) else dots["x"]) >= 240
