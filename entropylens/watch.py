@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from time import perf_counter, time
+from time import time
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,6 @@ from entropylens.capture.forward import Forward, ModelTap
 from entropylens.capture.micro_batches import MicroBatches, identifiers
 from entropylens.capture.optimizer import OptimizerTap
 from entropylens.capture.policy import PolicyBatch
-from entropylens.capture.probe import UpdateProbe, probe_obstacle
 from entropylens.capture.router import RouterTap
 from entropylens.capture.tokens import LogitTokens, TokenSource
 from entropylens.records import Phase
@@ -32,15 +31,13 @@ from entropylens.registry import (
 )
 from entropylens.session import Session
 from entropylens.transfer import Stamp
+from entropylens.updates import Updates
 
 __all__ = ["Watch"]
 
 _LEAST_ROWS: Final = 16
 _SAMPLED_ROWS: Final = 256
 """Tokens a step whose whole distributions are asked how surprising they should be."""
-_PROBE_SHARE: Final = 1 / 3
-"""Of the limit of overhead, that looking at updates may take."""
-_NO_PROBE: Final = "no entropy/change: the model cannot be asked what updates do to it: {}"
 _OF_TOKENS: Final = frozenset(("tokens", "policy"))
 """Readings that need the tokens measured."""
 _MOST_UNSEEN: Final = 1000
@@ -89,13 +86,10 @@ class Watch:
         self._unseen: dict[str, list[Stamp]] = {}
         self._micro_batches = 1
         self._gradient_norms: dict[str, Tensor | float] = {}
+        self._updates = Updates(session, temperature)
         self._reader: object = None
         """The tap whose tokens are taken: the first that showed any."""
         self._silent_steps = 0
-        self._probe: UpdateProbe | None = None
-        self._probes_from = 0
-        """Step before which no update is looked at, so that looking keeps to its share of time."""
-        self._step_seconds = 0.0
         self._is_shown = False
         self._number = 0
         self._open = MicroBatches()
@@ -114,12 +108,8 @@ class Watch:
 
     def probe(self, model: nn.Module) -> None:
         """Ask a model what updates do to its distributions, if it is one that can be asked."""
-        obstacle = probe_obstacle(model)
-        if obstacle is None:
-            self._probe = UpdateProbe(model)
+        if self._updates.ask(model, self._number):
             self.expect("probe")
-        elif obstacle:
-            self._session.writer.event("capture", _NO_PROBE.format(obstacle), step=self._number)
 
     def expect(self, *reads: str) -> None:
         """Have diagnostics of these readings be due: of a policy, of its rollouts, of routers."""
@@ -158,39 +148,17 @@ class Watch:
     def take(self, reads: str, reading: Any) -> None:
         """Measure a reading of the step in progress."""
         self._session.measure(reads, lambda: reading)
-        if isinstance(reading, UpdateReading) and self._is_probing:
-            self._take_probe(reading)
+        if isinstance(reading, UpdateReading) and self._asks_of_updates:
+            self._updates.take(self._number, reading)
 
     @property
     def wants_update(self) -> bool:
         """Whether parameters are to be kept from before the step in progress."""
-        return "update" in self.due or self._is_probing
+        return "update" in self.due or self._asks_of_updates
 
     @property
-    def _is_probing(self) -> bool:
-        probe = self._probe
-        return probe is not None and not probe.is_empty and len(self._optimizers) == 1
-
-    def _take_probe(self, update: UpdateReading) -> None:
-        """Ask what the update did; a model that cannot be asked is not asked again."""
-        probe, began = self._probe, perf_counter()
-        assert probe is not None
-        try:
-            found = probe.reading(update.before, update.after, self._temperature)
-        except Exception as error:
-            self._probe = None
-            self._session.writer.event(
-                "capture",
-                _NO_PROBE.format(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"),
-                step=self._number,
-                severity="warning",
-            )
-            return
-        self._session.measure("probe", lambda: found)
-        limit = self._session.budget.max_overhead
-        if limit is not None and self._step_seconds:
-            steps = (perf_counter() - began) / (_PROBE_SHARE * limit * self._step_seconds)
-            self._probes_from = self._number + int(steps) + 1
+    def _asks_of_updates(self) -> bool:
+        return self._updates.has_states and len(self._optimizers) == 1
 
     def take_rollout(self, reading: RolloutReading) -> None:
         """Take completions generated for the step in progress; they are measured when it ends."""
@@ -342,10 +310,7 @@ class Watch:
         if "sampled" in due and policy is not None and policy.is_own_sample:
             most = max(_SAMPLED_ROWS // self._micro_batches, _LEAST_ROWS)
             self._open.sample(source, rows=most, generator=generator, temperature=temperature)
-        probe = self._probe
-        is_affordable = self._number >= self._probes_from
-        if "probe" in due and inputs and is_affordable and probe is not None and probe.is_empty:
-            probe.keep(inputs, source, policy, ids, generator)
+        self._updates.keep(self._number, inputs, source, policy, ids, generator)
         self._session.clock.stop()
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -363,8 +328,7 @@ class Watch:
         self._session.begin_step(number)
         self._open = MicroBatches()
         self.next_sample_ids = self.next_labels = self.next_policy = None
-        if self._probe is not None:
-            self._probe.clear()
+        self._updates.clear()
         self._restart(number)
 
     def pass_step(self, number: int) -> None:
@@ -393,7 +357,7 @@ class Watch:
     ) -> None:
         """Measure what the step in progress gathered."""
         opened, session = self._open, self._session
-        self._step_seconds = seconds
+        self._updates.step_seconds = seconds
         try:
             self._drop_taps(is_loss_shown=loss is not None)
             self._note_skipped(stamp)

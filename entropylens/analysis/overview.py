@@ -215,10 +215,16 @@ def _took(found: Overview) -> str:
 
 def _losses(found: Overview) -> list[str]:
     loss = found.curves.get("loss/mean")
+    said = [] if found.policy is None else [_reward(found.policy.reward)]
     if loss is None or not np.isfinite(loss.values).any():
-        return [] if loss is None else ["Not one loss was a finite number."]
+        return said if loss is None else [*said, "Not one loss was a finite number."]
     finite = np.isfinite(loss.values)
-    said = [_loss_or_reward(found, loss, finite)]
+    if found.policy is None:
+        lowest = int(loss.steps[finite][np.argmin(loss.values[finite])])
+        said.append(
+            f"The loss went from {number(loss.values[0])} to {number(loss.values[-1])}; "
+            f"its lowest was {number(loss.at(lowest))} at step {lowest:,}."
+        )
     if not finite.all():
         first = int(loss.steps[~finite][0])
         said.append(
@@ -238,18 +244,11 @@ def _losses(found: Overview) -> list[str]:
     return said
 
 
-def _loss_or_reward(found: Overview, loss: Curve, finite: NDArray[np.bool_]) -> str:
-    if found.policy is not None:
-        reward = found.policy.reward
-        tenth = max(len(reward) // 10, 1)
-        return (
-            f"Mean reward went from {number(float(reward[:tenth].mean()))} to "
-            f"{number(float(reward[-tenth:].mean()))} (first and last tenth of the run)."
-        )
-    lowest = int(loss.steps[finite][np.argmin(loss.values[finite])])
+def _reward(reward: NDArray[np.float64]) -> str:
+    tenth = max(len(reward) // 10, 1)
     return (
-        f"The loss went from {number(loss.values[0])} to {number(loss.values[-1])}; "
-        f"its lowest was {number(loss.at(lowest))} at step {lowest:,}."
+        f"Mean reward went from {number(float(reward[:tenth].mean()))} to "
+        f"{number(float(reward[-tenth:].mean()))} (first and last tenth of the run)."
     )
 
 

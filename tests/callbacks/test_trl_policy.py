@@ -186,7 +186,7 @@ def test_the_gap_test_is_made_only_where_the_policy_drew_its_tokens_whole(tmp_pa
     def tested(name: str, model: Any = None, **options: Any) -> bool:
         folder = tmp_path / name
         run = trained(grpo(folder, model=model or calm(), max_steps=2, **options), folder)
-        return bool(series(run, "sampling/z"))
+        return bool(series(run, "gap_test/z"))
 
     assert tested("whole")
     assert not tested("dropout", model=tiny.llama())

@@ -19,6 +19,10 @@ class Events:
         self.due: dict[str, Any] = dict.fromkeys(wanted, ())
         self.taken: dict[str, Any] = {}
 
+    @property
+    def wants_update(self) -> bool:
+        return "update" in self.due
+
     def take(self, reads: str, reading: Any) -> None:
         if isinstance(reading, GradientReading):
             # The step goes on to change them: a fused one writes them back without the loss scale.

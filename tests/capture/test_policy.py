@@ -202,13 +202,13 @@ def test_the_gap_is_tested_where_the_policy_drew_its_own_tokens(tmp_path: Path) 
     p = batch["logits"].softmax(-1).flatten(0, 1)
     drawn = torch.multinomial(p, 1, generator=generator(4)).view(ROWS, WIDTH)
     batch = {**batch, "token_ids": drawn}
-    assert "sampling/z" not in values(run_with(tmp_path / "unknown", batch))
+    assert "gap_test/z" not in values(run_with(tmp_path / "unknown", batch))
     found = values(run_with(tmp_path / "own", {**batch, "is_own_sample": True}))
     part = statistics(batch)
     gap = (-part["logprob"] - part["entropy"]).sum()
     logp = batch["logits"].double().log_softmax(-1)[batch["mask"]]
     spread = (logp.exp() * (logp + part["entropy"][:, None]) ** 2).sum()
-    assert found["sampling/z"] == pytest.approx((gap / spread.sqrt()).item(), rel=1e-4)
+    assert found["gap_test/z"] == pytest.approx((gap / spread.sqrt()).item(), rel=1e-4)
 
 
 def test_a_rollout_is_recorded_apart(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def part(found: SampledReading, rows: slice) -> SampledReading:
 
 def values_of(blocks: list[Block]) -> dict[str, float]:
     return {
-        name.removeprefix("sampling/"): value
+        name.removeprefix("gap_test/"): value
         for block in blocks
         for name, value, weight in zip(
             block.columns["name"],
@@ -259,7 +259,7 @@ def test_rows_without_a_token_or_a_number_leave_no_trace() -> None:
     padded = {
         "surprisal_gap": torch.cat([torch.tensor([torch.inf]), found.surprisal_gap]),
         "varentropy": torch.cat([torch.tensor([torch.nan]), found.varentropy]),
-        "cumulant": torch.cat([torch.full((6, 1), torch.inf), found.cumulant], 1),
+        "cumulant": torch.cat([torch.full((len(EXPONENTS), 1), torch.inf), found.cumulant], 1),
     }
     for present in (False, True):
         mixed = SampledReading(
@@ -285,7 +285,7 @@ def test_evidence_for_the_policy_is_a_p_value_of_one_and_counts_in_what_follows(
     quiet = SampledReading(
         surprisal_gap=torch.zeros(4),
         varentropy=torch.ones(4),
-        cumulant=torch.full((6, 4), 0.1),
+        cumulant=torch.full((len(EXPONENTS), 4), 0.1),
         exponents=EXPONENTS,
         present=torch.ones(4, dtype=torch.bool),
     )
@@ -303,7 +303,7 @@ def test_nothing_drawn_is_absent_and_certain_tokens_have_no_z() -> None:
     nothing = SampledReading(**{**vars(found), "present": torch.zeros(5, dtype=torch.bool)})
     blocks, state = SurprisalGapTest().measure(nothing, None)
     assert values_of(blocks) == {}
-    assert state["sums"].tolist() == [0.0] * 6
+    assert state["sums"].tolist() == [0.0] * len(EXPONENTS)
     certain = reading(torch.tensor([[50.0, -torch.inf]] * 3), torch.zeros(3, dtype=torch.long))
     values = measured(certain)
     assert "z" not in values

@@ -1,0 +1,98 @@
+"""`Updates`: what updates of the weights do to a model's distributions, as often as time allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from entropylens.capture.policy import PolicyBatch
+from entropylens.capture.probe import UpdateProbe, probe_obstacle
+from entropylens.capture.tokens import TokenSource
+from entropylens.registry import UpdateReading
+from entropylens.session import Session
+
+__all__ = ["Updates"]
+
+SHARE: Final = 1 / 3
+"""Of the limit of overhead, that looking at updates may take: it is rare and long, and would
+otherwise have everything else thinned."""
+_CANNOT: Final = "no entropy/change: the model cannot be asked what updates do to it: {}"
+
+
+class Updates:
+    """Keeps states of a step's batch and asks the model about them when the step has updated it.
+
+    After a look that took ``t`` seconds the next one waits for ``t / (SHARE max_overhead)`` seconds
+    of steps, whatever the schedule says. A model that raises is not asked again, and an event says
+    why.
+
+    Args:
+        session: Of the run.
+        temperature: At which the loss reads the logits.
+    """
+
+    def __init__(self, session: Session, temperature: float) -> None:
+        self.step_seconds = 0.0
+        """Of the step before, without evaluation."""
+        self._session, self._temperature = session, temperature
+        self._probe: UpdateProbe | None = None
+        self._waits_until = 0
+
+    def ask(self, model: nn.Module, number: int) -> bool:
+        """Ask this model, from step ``number`` on, if it is one that can be asked.
+
+        Returns:
+            Whether it is.
+        """
+        obstacle = probe_obstacle(model)
+        if obstacle is None:
+            self._probe = UpdateProbe(model)
+        elif obstacle:
+            self._session.writer.event("capture", _CANNOT.format(obstacle), step=number)
+        return obstacle is None
+
+    def clear(self) -> None:
+        """Begin a step: forget the last one's states."""
+        if self._probe is not None:
+            self._probe.clear()
+
+    @property
+    def has_states(self) -> bool:
+        """Whether states were kept in the step in progress."""
+        return self._probe is not None and not self._probe.is_empty
+
+    def keep(
+        self,
+        number: int,
+        inputs: Mapping[str, Any] | None,
+        source: TokenSource,
+        policy: PolicyBatch | None,
+        sample_ids: Sequence[str] | None,
+        generator: torch.Generator,
+    ) -> None:
+        """Keep states of a training forward, the first of a step in which that is due."""
+        is_due = "probe" in self._session.due and number >= self._waits_until
+        if is_due and inputs and self._probe is not None and not self.has_states:
+            self._probe.keep(inputs, source, policy, sample_ids, generator)
+
+    def take(self, number: int, update: UpdateReading) -> None:
+        """Ask what an update did at the states that were kept; there must be some."""
+        probe, began = self._probe, perf_counter()
+        assert probe is not None
+        try:
+            found = probe.reading(update.before, update.after, self._temperature)
+        except Exception as error:
+            self._probe = None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            message = _CANNOT.format(reason)
+            self._session.writer.event("capture", message, step=number, severity="warning")
+            return
+        self._session.measure("probe", lambda: found)
+        limit = self._session.budget.max_overhead
+        if limit is not None and self.step_seconds:
+            steps = (perf_counter() - began) / (SHARE * limit * self.step_seconds)
+            self._waits_until = number + int(steps) + 1
