@@ -44,9 +44,13 @@ def is_learnt_from(ratio: Tensor, advantage: Tensor, clip: tuple[float, float] |
 
 
 def token_pull(log_ratio: Tensor, advantage: Tensor, clip: tuple[float, float] | None) -> Tensor:
-    """Pull of the loss at a token's logit, up to the step size eta: r A I_clip."""
+    """Pull of the loss at a token's logit, up to the step size eta: r A I_clip.
+
+    0 where A is, whatever the ratio, infinity included.
+    """
     ratio = log_ratio.exp()
-    return torch.where(is_learnt_from(ratio, advantage, clip), ratio * advantage, 0.0)
+    pulls = is_learnt_from(ratio, advantage, clip) & (advantage != 0)
+    return torch.where(pulls, ratio * advantage, 0.0)
 
 
 def pull(reading: PolicyReading | ProbeReading) -> Tensor:
@@ -59,7 +63,9 @@ def pull(reading: PolicyReading | ProbeReading) -> Tensor:
     if reading.advantage is None:
         raise ValueError("pull: expected a probe of a policy's step, got one without advantages")
     found = token_pull(ratio, reading.advantage, reading.clip)
-    return found if reading.loss_weight is None else found * reading.loss_weight
+    if reading.loss_weight is None:
+        return found
+    return torch.where(reading.loss_weight == 0, 0.0, found * reading.loss_weight)
 
 
 def distribution_weight(reading: PolicyReading) -> Tensor:

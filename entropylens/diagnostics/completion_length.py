@@ -12,6 +12,7 @@ from entropylens.registry import Block, Diagnostic, Metric, RolloutReading, Scal
 __all__ = ["CompletionLength", "completion_lengths"]
 
 LEVELS: Final = {"min": 0.0, "p50": 0.5, "p95": 0.95, "max": 1.0}
+_EXTREMES: Final = {"min": "shortest", "max": "longest"}
 
 _OWN = "all completions of this rank; weighted by their number"
 _LONG = "long reasoning, rambling, or generation that does not find its end"
@@ -43,11 +44,17 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     **{
         f"completion/length/{name}": _metric(
+            f"How long is the {which} completion?", f"{name} of l", ranks=name
+        )
+        for name, which in _EXTREMES.items()
+    },
+    **{
+        f"completion/length/{name}": _metric(
             f"Below which length do {level:.0%} of the completions lie?",
             f"quantile {level:g} of l, Hazen interpolation",
-            ranks={"min": "min", "max": "max"}.get(name, "mean"),
         )
         for name, level in LEVELS.items()
+        if name not in _EXTREMES
     },
     "completion/truncated/share": _metric(
         "How many completions were cut off at the length limit?",

@@ -34,7 +34,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "covariance/total/mean": _metric(
         "Do high advantages go with likely tokens, over the whole batch?",
         "mean of (log p - mean log p)(A - mean A); total - within - between = "
-        "-mean(log p + H) mean(A), which is 0 in expectation on-policy",
+        "-mean(log p + H) mean(A), which on-policy vanishes with the number of sequences",
         estimator=_CENTRED,
         high="likely tokens are rewarded: read as falling entropy, though part of it may be that "
         "easy states have high advantages, which is no such force: see within and between",
@@ -72,9 +72,10 @@ METRICS: Final[Mapping[str, Metric]] = {
     "covariance/policy_gradient/mean": _metric(
         "Does the plain policy gradient lower the entropy of the states it passes?",
         "mean of S A, S = p (log p + H); under p its expectation in a state is Cov_p(log p, p A)",
-        estimator=f"unbiased from one token a state where E_p[A] = 0 there, else off by "
-        f"E_p[A] E_p[S] (entropy/estimate/discriminator is not); {_SINGLE}",
-        high="the gradient step lowers the entropy, dH = -eta times this",
+        estimator="unbiased from one token a state for Cov_p(log p, p A), which is -dH / eta where "
+        "E_p[A] = 0 there, and too large by E_p[A] E_p[S] elsewhere "
+        f"(entropy/change/estimate/discriminator is not); {_SINGLE}",
+        high="the gradient step lowers the entropy, dH = -eta times this where E_p[A] = 0",
         low="below 0 the step raises the entropy",
         source=f"{_CUI}, Theorem 1",
     ),

@@ -12,8 +12,13 @@ from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagn
 
 __all__ = ["CovarianceConcentration", "concentration", "top_means"]
 
-SHARES: Final = {"0_02": 0.0002, "0_2": 0.002, "2": 0.02, "20": 0.2}
-"""Shares of the tokens by the per cent in a metric's name."""
+SHARES: Final = {
+    "top_0_02_percent": 0.0002,
+    "top_0_2_percent": 0.002,
+    "top_2_percent": 0.02,
+    "top_20_percent": 0.2,
+}
+"""Shares of the tokens by their part of a metric's name."""
 
 _ESTIMATOR = (
     "over scored tokens (mask), all of them or a uniform sample of each micro-batch, a row "
@@ -25,7 +30,7 @@ _SOURCE = "Cui et al. (2025), arXiv 2505.22617, Eq. 10 and Table 1"
 
 METRICS: Final[Mapping[str, Metric]] = {
     **{
-        f"covariance/top/{name}/mean": Metric(
+        f"covariance/{name}/mean": Metric(
             question=f"How large is the covariance of the {100 * share:g} % of tokens that have "
             "most of it?",
             formula=f"mean of c over the {100 * share:g} % of tokens with the largest c, "

@@ -7,7 +7,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics._policy import distribution_weight
 from entropylens.diagnostics._summaries import (
     share_where,
     weighted_mean,
@@ -32,10 +31,10 @@ SCRATCH: Final = 2**20
 """Elements of one chunk of rows: 8 MiB for each of some eight float64 copies."""
 
 _ESTIMATOR = (
-    "exact over the whole vocabulary for each token of which student's and teacher's distributions "
-    "are there, at the loss's own temperature; over scored tokens (mask), weighted by the tokens "
-    "each row stands for; cuts and ranges are this batch's own, on each rank its own, so values "
-    "compare within a run and not between batches of another kind"
+    "as the distillation loss has it, over the whole vocabulary at its own temperature, for each "
+    "token whose divergence and entropy are known (not NaN); over scored tokens (mask), weighted "
+    "by the tokens each row stands for; cuts and ranges are this batch's own, on each rank its "
+    "own, so values compare within a run and not between batches of another kind"
 )
 _COST = "O(n log n) over the measured tokens; the divergences come with the distillation loss"
 _TIP = "TIP, arXiv 2604.14084; "
@@ -85,7 +84,8 @@ METRICS: Final[Mapping[str, Metric]] = {
             "H(student) / ln V, delta = KL(student || teacher), the loss itself",
             meaning[1] + " dominate the gradient",
             "this kind hardly matters to the loss",
-            estimator=_ESTIMATOR + "; absent where the loss is 0; several ranks: mean by tokens",
+            estimator=_ESTIMATOR
+            + "; absent where the loss is 0 or infinite; several ranks: mean by tokens",
         )
         for name, meaning in _MEANING.items()
     },
@@ -287,10 +287,11 @@ class DistillationQuadrants(Diagnostic):
     def measure(self, reading: PolicyReading, state: Any) -> tuple[list[Block], Any]:
         """Sort one step's tokens into quadrants; nothing where there is no teacher."""
         entropy, blocks = reading.tokens.entropy, []
+        whole = torch.where(entropy.isnan(), 0.0, reading.tokens.weight)
         if reading.reverse_kl is not None:
-            blocks += _reverse(entropy, reading.reverse_kl, distribution_weight(reading))
+            blocks += _reverse(entropy, reading.reverse_kl, whole)
         if reading.forward_kl is not None:
-            weight = _where_known(reading.forward_kl, distribution_weight(reading))
+            weight = _where_known(reading.forward_kl, whole)
             score = weighted_mean(overconfidence(entropy, reading.forward_kl, weight), weight)
             blocks.append(
                 Block.metrics(["distillation/overconfident/mean"], score[None], weight=weight.sum())
@@ -320,6 +321,6 @@ def _reverse(entropy: Tensor, divergence: Tensor, weight: Tensor) -> list[Block]
         Block.metrics(
             [f"distillation/quadrant/{q}/kl_share" for q in QUADRANTS],
             (loss / total).float(),
-            weight=torch.where(total > 0, weight.sum(), 0.0),
+            weight=torch.where((total > 0) & total.isfinite(), weight.sum(), 0.0),
         ),
     ]

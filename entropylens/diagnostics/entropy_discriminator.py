@@ -6,6 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from entropylens.diagnostics._cells import CELLS
 from entropylens.diagnostics._policy import distribution_weight, pull
 from entropylens.diagnostics._summaries import share_where, summarise, weighted_mean
 from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagnostic
@@ -28,14 +29,6 @@ def _metric(question: str, formula: str, **other: str) -> Metric:
     fixed = {"unit": "nats", "estimator": _WHOLE, "cost": _COST, "source": _SOURCE}
     return Metric(question=question, formula=formula, **{**fixed, **other})
 
-
-CELLS: Final[Mapping[str, tuple[str, str]]] = {
-    "positive_above": ("A > 0 and S > N", "lowers"),
-    "positive_below": ("A > 0 and S < N", "raises"),
-    "negative_above": ("A < 0 and S > N", "raises"),
-    "negative_below": ("A < 0 and S < N", "lowers"),
-}
-"""Sign cells in the order of `sign_cells`: where a token falls, and what learning from it does."""
 
 METRICS: Final[Mapping[str, Metric]] = {
     "discriminator/mean": _metric(
@@ -72,25 +65,28 @@ METRICS: Final[Mapping[str, Metric]] = {
         high="what is rewarded matters for the entropy",
         low="nothing left to steer: decided or flat everywhere",
     ),
-    "entropy/estimate/discriminator": _metric(
+    "entropy/change/estimate/discriminator": _metric(
         "What will this step do to the entropy of the tokens it learns from?",
         "-mean of r A I_clip (S - N): predicted dH per unit logit step, exact to first order for "
         "one sampled token's step in a tabular softmax",
         unit="nats per unit logit step",
-        estimator=f"{_WHOLE}. Known up to one slope, the step size in logits; says nothing of "
-        "parameters shared between states, nor of other states being visited",
+        estimator=f"{_WHOLE}. Known up to one slope, the step size in logits, if the loss averages "
+        "over tokens and has neither KL penalty nor entropy bonus; one that weighs tokens "
+        'otherwise (TRL\'s loss_type "grpo": by 1 / length) sums these terms otherwise, where '
+        "even the sign may differ. Says nothing of parameters shared between states, nor of other "
+        "states being visited",
         high="the step raises the entropy",
         low="below 0 the step lowers the entropy",
     ),
     **{
         f"discriminator/cell/{cell}/share": _metric(
-            f"How many tokens pull in the way that {effect} the entropy by {where}?",
+            f"Which share of tokens has {where}?",
             f"share of tokens with {where}",
             unit="1",
             estimator=f"{_WHOLE}; tokens with A = 0 or S = N are in no cell; in states that are "
             "certain to about 1e-6 the sign of S - N is rounding",
-            high=f"much of the batch {effect} the entropy this way",
-            low="few tokens do",
+            high=f"much of the batch: learning from these {effect} the entropy of their state",
+            low="few tokens are of this kind",
         )
         for cell, (where, effect) in CELLS.items()
     },
@@ -98,7 +94,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         f"discriminator/cell/{cell}/change": _metric(
             f"What do tokens with {where} do to the entropy?",
             f"-mean over all tokens of r A I_clip (S - N), taken as 0 unless {where}; the four "
-            "cells add up to entropy/estimate/discriminator",
+            "cells add up to entropy/change/estimate/discriminator",
             unit="nats per unit logit step",
             high="a strong push up" if effect == "raises" else "0: no push, it cannot be above",
             low="0: no push, it cannot be below" if effect == "raises" else "a strong push down",
@@ -220,7 +216,7 @@ class EntropyDiscriminator(Diagnostic):
                 weighted_mean(torch.where(cells, change, 0.0), weight),
             ]
         )
-        names = ["discriminator/expected/mean", "entropy/estimate/discriminator"]
+        names = ["discriminator/expected/mean", "entropy/change/estimate/discriminator"]
         names += ["discriminator/excess/mean", "discriminator/excess/std"]
         names += [f"discriminator/cell/{cell}/{of}" for of in ("share", "change") for cell in CELLS]
         if not reading.is_pull_known:

@@ -83,13 +83,13 @@ METRICS: Final[Mapping[str, Metric]] = {
         source="The case k = T of " + _PEAR,
     ),
     "entropy/phase/penalty": _metric(
-        "How much would PEAR take off the reward for undecided thinking?",
-        "mean over sequences of max(0, H_think - H_ans), each the mean of its phase; H_ans = 0 "
-        "where no answer token is",
+        "How much would PEAR take off the reward of right answers for undecided thinking?",
+        "mean over sequences with correct = 1 (all where correctness is not known) of max(0, "
+        "H_think - H_ans), each the mean of its phase; H_ans = 0 where no answer token is",
         "thinking is far less decided than the answer; above 1 nat PEAR ranks a right answer "
         "below a wrong one (rewards 1 and 0)",
         "0: the answer is as undecided as the thinking, which PEAR does not tell from good",
-        estimator=_SEQUENCES,
+        estimator=_SEQUENCES + ", and where no right answer is among them",
         source=_PEAR + ", alpha = 1, from two secondary notes that agree; the paper takes the old "
         "policy's entropies, we this step's",
     ),
@@ -182,11 +182,13 @@ class EntropySplit(Diagnostic):
         )
         blocks = [Block.metrics([f"entropy/{kind}/mean" for kind in kinds], means, weight=weights)]
         if reading.thoughts is not None and reading.answers is not None:
-            blocks.append(_phase_block(tokens, reading.thoughts, reading.answers))
+            blocks.append(_phase_block(tokens, reading.thoughts, reading.answers, reading.correct))
         return blocks, state
 
 
-def _phase_block(tokens: TokenReading, thoughts: Tensor, answers: Tensor) -> Block:
+def _phase_block(
+    tokens: TokenReading, thoughts: Tensor, answers: Tensor, correct: Tensor | None
+) -> Block:
     sequences = tokens.sequence_tokens.numel()
     (thinking, thought), (answer, answered) = (
         sequence_entropy(
@@ -195,11 +197,13 @@ def _phase_block(tokens: TokenReading, thoughts: Tensor, answers: Tensor) -> Blo
         for phase in (thoughts, answers)
     )
     is_whole = (tokens.weight > 0).sum() == tokens.sequence_tokens.sum()
-    counted = ((thought > 0) & is_whole).float()
+    thinks = (thought > 0) & is_whole
+    right = thinks if correct is None else thinks & (correct == 1)
+    counted = torch.stack([thinks, right])
     missing = torch.where(answered > 0, 0.0, 1.0)
     means = weighted_mean(torch.stack([missing, pear_penalty(thinking, answer)]), counted)
     return Block.metrics(
         ["entropy/phase/answer/missing/share", "entropy/phase/penalty"],
         means,
-        weight=counted.sum(),
+        weight=counted.sum(1),
     )

@@ -19,9 +19,17 @@ _ROUNDING: Final = 1e-6
 """A share of 2 in 3 computed in float32 may lie this little below two thirds."""
 
 _STEPS = "; only in steps where every token was measured, absent where rows were sampled"
-_COUNT = "each sequence with a scored token counts once, one shorter than a window with 0" + _STEPS
-_HIGH = "many stretches of exploration: forking points, or text that falls apart"
-_LOW = "few stretches of exploration"
+_CLUSTER = (
+    "; how undecided they are is in window/threshold, which is the batch's own quantile: all "
+    "entropies multiplied by one number leave this as it is"
+)
+_COUNT = (
+    "each sequence with a scored token counts once, one shorter than a window with 0"
+    + _STEPS
+    + _CLUSTER
+)
+_HIGH = "the least decided tokens stand together: forking points, or text that falls apart"
+_LOW = "the least decided tokens stand alone among decided ones"
 _SOURCE = (
     "ARES (2025), arXiv 2510.08457, Sec. 2 and 3, with exact entropies and at every token; its "
     "code counts only after words of a list, by another threshold"
@@ -36,13 +44,15 @@ def _metric(question: str, formula: str, **other: str) -> Metric:
 
 METRICS: Final[Mapping[str, Metric]] = {
     "window/high/share": _metric(
-        "How much of the text is a stretch of undecided tokens?",
+        "How much do the batch's least decided tokens cluster?",
         f"share of windows with (H_t + ... + H_(t+{WINDOW - 1})) / {WINDOW} > window/threshold",
         unit="1",
-        estimator=f"windows of {WINDOW} scored tokens side by side in one sequence" + _STEPS,
+        estimator=f"windows of {WINDOW} scored tokens side by side in one sequence"
+        + _STEPS
+        + _CLUSTER,
     ),
     "window/high/count/mean": _metric(
-        "How many stretches of undecided tokens has a completion?",
+        "In how many places of a completion do the batch's least decided tokens cluster?",
         "mean over sequences of N_HE, the number of its windows above window/threshold; windows "
         "overlap, one starts at every token",
     ),
@@ -53,26 +63,27 @@ METRICS: Final[Mapping[str, Metric]] = {
         unit="nats",
         estimator="each sequence with a scored token counts once" + _STEPS,
         high="the most undecided tokens are very undecided",
-        low="even the most undecided tokens are decided: exploration has collapsed",
+        low="even the most undecided tokens are decided: exploration has collapsed, whatever the "
+        "windows say, which only count against this threshold",
     ),
     "window/high/correct/mean": _metric(
-        "How many stretches of undecided tokens has a right completion?",
+        "In how many places of a right completion do the least decided tokens cluster?",
         "mean of N_HE over sequences with correct = 1",
-        high="right answers are found by exploring",
-        low="right answers come straight",
+        high="right answers have the batch's undecided stretches",
+        low="right answers come straight, for this batch",
     ),
     "window/high/wrong/mean": _metric(
-        "How many stretches of undecided tokens has a wrong completion?",
+        "In how many places of a wrong completion do the least decided tokens cluster?",
         "mean of N_HE over sequences with correct = 0",
-        high="it wanders where it fails",
-        low="it fails without exploring: confidently wrong",
+        high="wrong answers have the batch's undecided stretches: it wanders where it fails",
+        low="it fails with fewer undecided stretches than the rest of the batch has",
     ),
     "window/high/difficulty/mean": _metric(
-        "How many stretches of undecided tokens has an answer to a prompt this hard?",
+        "In how many places of an answer to a prompt this hard do undecided tokens cluster?",
         "mean of N_HE over sequences whose group's share of right completions is at least 2/3 "
         "(module easy), at least 1/3 (medium), below (hard)",
-        high="for easy: effort that is not needed; for hard: exploration where it is",
-        low="for hard: gives up without exploring",
+        high="for easy: undecided where it need not be; for hard: undecided where the work is",
+        low="for hard: the batch's undecided stretches are elsewhere",
         source=_SOURCE + "; cuts as in that code",
     ),
 }
@@ -175,6 +186,9 @@ def entropy_threshold(
 )
 class HighEntropyWindows(Diagnostic):
     """Windows of undecided tokens: how many, in right and wrong answers, by difficulty.
+
+    They say how the least decided tokens cluster and where, not how much exploration there is: the
+    threshold is a quantile of the same tokens. The level is the threshold itself.
 
     Of ARES only the counts are here, not the reward made of them: as printed its weight
     ``lambda_d = max(0, (E[N_HE | d] - N_target(d)) / (Var + eps))`` is 0 always, because the target

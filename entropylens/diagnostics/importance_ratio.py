@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 LEVELS: Final = {"min": 0.0, "p05": 0.05, "p95": 0.95, "max": 1.0}
+_EXTREMES: Final = {"min": "smallest", "max": "largest"}
 
 _LOSS = (
     "the ratio as the loss takes it: one for each scored token (mask), weighted by the tokens each "
@@ -61,9 +62,11 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     "ratio/mean": _metric(
         "What is the importance ratio on average?",
-        "mean of r = pi(a) / pi_old(a); 1 in expectation over tokens that pi_old drew",
+        "mean of r = pi(a) / pi_old(a); over tokens that pi_old drew 1 in expectation for token "
+        "ratios and products; below 1 for a sequence's mean log-ratio",
         "above 1: sampled tokens have become likelier",
-        "below 1: sampled tokens have become less likely",
+        "below 1: sampled tokens have become less likely; where the loss takes a sequence's mean "
+        "log-ratio, also that the policy has moved at all",
     ),
     "ratio/std": _metric(
         "How widely do importance ratios scatter?",
@@ -71,11 +74,15 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     **{
         f"ratio/{name}": _metric(
-            f"Below which importance ratio do {level:.0%} of them lie?",
-            f"quantile {level:g} of r, Hazen interpolation",
+            f"What is the {_EXTREMES[name]} importance ratio?"
+            if name in _EXTREMES
+            else f"Below which importance ratio do {level:.0%} of them lie?",
+            f"{name} of r"
+            if name in _EXTREMES
+            else f"quantile {level:g} of r, Hazen interpolation",
             "tokens that became far likelier" if level > 0.5 else _NEAR,
             _NEAR if level > 0.5 else "tokens that became far less likely",
-            ranks={"min": "min", "max": "max"}.get(name, "mean"),
+            ranks=name if name in _EXTREMES else "mean",
         )
         for name, level in LEVELS.items()
     },

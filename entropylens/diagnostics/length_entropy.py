@@ -6,22 +6,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics._summaries import wide_dtype
+from entropylens.diagnostics._summaries import (
+    LEAST,
+    ROUNDING,
+    centred,
+    correlation,
+    wide_dtype,
+)
 from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagnostic
 
 __all__ = [
     "LengthEntropy",
     "average_ranks",
-    "correlation",
     "group_deviations",
     "length_slope",
     "sequence_entropy",
 ]
-
-LEAST: Final = 3
-"""Sequences below which two columns have no correlation worth a number."""
-SPREAD: Final = 1e-6
-"""Standard deviation, as a share of the largest magnitude, that float32 rounding alone may make."""
 
 _ESTIMATOR = (
     "each sequence counts once: the mean entropy of its measured tokens (each weighted by the "
@@ -169,35 +169,8 @@ def group_deviations(values: Tensor, group: Tensor, counted: Tensor) -> tuple[Te
     members = empty.index_add(0, number, counted.to(kept.dtype))
     means = empty.index_add(0, number, kept) / members
     deviations = kept - means[number]
-    rounding = deviations.abs() <= SPREAD * kept.abs().amax()
+    rounding = deviations.abs() <= ROUNDING * kept.abs().amax()
     return torch.where(rounding, 0.0, deviations), counted & (members >= 2)[number]
-
-
-def correlation(x: Tensor, y: Tensor, counted: Tensor) -> Tensor:
-    """Do two columns rise and fall together?
-
-    ``sum(dx dy) / sqrt(sum(dx^2) sum(dy^2))`` of the deviations from the means of what is counted.
-
-    Args:
-        x: ``[n]``.
-        y: ``[n]``.
-        counted: ``[n]`` bool; what stands elsewhere is ignored, NaN included.
-
-    Returns:
-        ``[]``, float32, in -1..1. NaN with fewer than 3 counted, a counted NaN, or where a standard
-        deviation is at most 1e-6 of the column's largest magnitude: no more than rounding makes.
-
-    Device: the input's; no host synchronisation.
-    Cost: O(n).
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0, 3.0])
-        >>> correlation(x, -x, torch.ones(3, dtype=torch.bool))
-        tensor(-1.)
-    """
-    (dx, x_varies), (dy, y_varies) = (_deviations(values, counted) for values in (x, y))
-    found = (dx * dy).sum() / (dx.square().sum() * dy.square().sum()).sqrt()
-    return torch.where(x_varies & y_varies, found.clamp(-1.0, 1.0), torch.nan).float()
 
 
 def length_slope(entropy: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
@@ -217,18 +190,9 @@ def length_slope(entropy: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
     Device: the input's; no host synchronisation.
     Cost: O(n).
     """
-    dy, _ = _deviations(entropy, counted)
-    dx, varies = _deviations(tokens.to(wide_dtype(tokens)).log(), counted)
+    dy, _ = centred(entropy, counted)
+    dx, varies = centred(tokens.to(wide_dtype(tokens)).log(), counted)
     return torch.where(varies, (dx * dy).sum() / dx.square().sum(), torch.nan).float()
-
-
-def _deviations(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Deviations from the mean, 0 where not counted, and whether there is a spread to speak of."""
-    kept = torch.where(counted, values, 0.0).to(wide_dtype(values))
-    number = counted.sum()
-    deviations = torch.where(counted, kept - kept.sum() / number, 0.0)
-    spread = (deviations.square().sum() / number).sqrt()
-    return deviations, (number >= LEAST) & (spread > SPREAD * kept.abs().amax())
 
 
 @diagnostic(

@@ -12,12 +12,16 @@ from entropylens.registry import Block, Diagnostic, Metric, PreferenceReading, d
 __all__ = ["Preference", "log_ratio", "pair_margins"]
 
 _SEQUENCES = (
-    "exact for the {} sequences of the step; every sequence counts once, however long; weighted by "
-    "their number"
+    "exact for the {} sequences of the step whose value is known (not NaN); every one counts once, "
+    "however long; weighted by their number"
 )
 _PAIRS = (
-    "exact for the pairs of the step, weighted by their number; absent for data that is not paired "
-    "(KTO) and where no reference is known"
+    "exact for the pairs of the step of which both values are known (not NaN), weighted by their "
+    "number; absent for data that is not paired (KTO) and where no reference is known"
+)
+_WITHIN = (
+    "exact for the scored tokens of {} sequences whose entropy is known (not NaN), weighted by "
+    "their number"
 )
 _RANKS = "ranks' own deviations are averaged, which leaves out how their means differ"
 _DPO = "Rafailov et al. (2023), Direct Preference Optimization, arXiv 2305.18290, Sec. 4"
@@ -62,7 +66,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "sum of token entropies over all chosen sequences / number of their tokens",
         "many continuations are open",
         "it has made up its mind: collapse, if it falls to near 0",
-        estimator="exact for the scored tokens of chosen sequences, weighted by their number",
+        estimator=_WITHIN.format("chosen"),
         source="Shannon (1948)",
     ),
     "preference/rejected/entropy/mean": _metric(
@@ -70,7 +74,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "sum of token entropies over all rejected sequences / number of their tokens",
         "what takes the place of the rejected tokens is not settled",
         "it has made up its mind: for other tokens, where these have become unlikely",
-        estimator="exact for the scored tokens of rejected sequences, weighted by their number",
+        estimator=_WITHIN.format("rejected"),
         source="Shannon (1948)",
     ),
     "preference/chosen/log_ratio/mean": _metric(
@@ -242,13 +246,13 @@ def _of_side(
         f"{side}/log_ratio/mean": ratio,
         f"reward/{side}/mean": reading.reward,
     }
-    values = {
-        name: (weighted_mean(column, belongs), belongs.sum())
-        for name, column in columns.items()
-        if column is not None
-    }
+    values = {}
+    for name, column in columns.items():
+        if column is not None:
+            known = belongs & ~column.isnan()
+            values[name] = weighted_mean(column, known), known.sum()
     if reading.entropy is not None and reading.tokens is not None:
-        tokens = torch.where(belongs, reading.tokens, 0)
+        tokens = torch.where(belongs & ~reading.entropy.isnan(), reading.tokens, 0)
         values[f"{side}/entropy/mean"] = (
             weighted_mean(reading.entropy / reading.tokens, tokens),
             tokens.sum(),
@@ -262,9 +266,8 @@ def _of_rewards(reward: Tensor | None) -> _Values:
 
 def _of_pairs(margin: Tensor) -> _Values:
     known = ~margin.isnan()
-    pairs = torch.ones_like(margin)
     return {
-        "margin/mean": (weighted_mean(margin, pairs), pairs.sum()),
+        "margin/mean": (weighted_mean(margin, known), known.sum()),
         "margin/std": _deviation(margin),
         "accuracy": (share_where(margin > 0, known), known.sum()),
     }
@@ -272,6 +275,6 @@ def _of_pairs(margin: Tensor) -> _Values:
 
 def _deviation(values: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviation and the weight behind it; one value alone has none."""
-    counted = torch.ones_like(values, dtype=torch.float32)
-    weight = counted.sum() if len(values) > 1 else counted.new_zeros(())
-    return summarise(values, counted, ())[1], weight
+    known = ~values.isnan()
+    count = known.sum()
+    return summarise(values, known, ())[1], torch.where(count > 1, count, 0)

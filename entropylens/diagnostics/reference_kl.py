@@ -82,7 +82,8 @@ def k3(log_ratio: Tensor) -> Tensor:
     value is at least 0, and its variance is far below that of ``-d`` while the two are close.
 
     Args:
-        log_ratio: d, nats, any shape; infinite where one of the two has no mass.
+        log_ratio: d, nats, any shape; infinite, and so is its value, where one of the two has no
+            mass.
 
     Returns:
         Values of the same shape, nats, in float64 where the device has it: for small d the
@@ -98,7 +99,7 @@ def k3(log_ratio: Tensor) -> Tensor:
         (tensor(0.1438, dtype=torch.float64), tensor(0.1438))
     """
     log_ratio = log_ratio.to(wide_dtype(log_ratio))
-    return log_ratio.expm1() - log_ratio
+    return torch.where(log_ratio == torch.inf, torch.inf, log_ratio.expm1() - log_ratio)
 
 
 @diagnostic(

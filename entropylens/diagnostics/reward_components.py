@@ -6,13 +6,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from entropylens.diagnostics._summaries import share_where, weighted_mean, wide_dtype
+from entropylens.diagnostics._summaries import (
+    LEAST,
+    correlation,
+    share_where,
+    weighted_mean,
+    wide_dtype,
+)
 from entropylens.registry import Block, Diagnostic, Metric, RolloutReading, diagnostic
 
-__all__ = ["RewardComponents", "reward_correlation", "scored_std"]
-
-LEAST_PAIRS: Final = 3
-"""Two points lie on a line whatever they are."""
+__all__ = ["RewardComponents", "scored_std"]
 
 _SCORED = "all completions of the rollout that have a reward; NaN (not scored) is left out"
 _APPLIED = "all completions to which the component applied; NaN (did not apply) is left out"
@@ -86,7 +89,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "reward/component/correlation": _metric(
         "Does this component decide the total reward?",
         "Pearson correlation of the component with the total over completions that have both; "
-        f"absent below {LEAST_PAIRS} of them or where either is constant",
+        f"absent below {LEAST} of them or where either is constant to within float32 rounding",
         "near 1: the total is mostly this component",
         "near 0: it drowns among the others; negative: it pulls against the total",
         unit="1",
@@ -122,42 +125,6 @@ def scored_std(values: Tensor) -> Tensor:
     deviation = torch.where(known, wide - mean, 0.0)
     variance = deviation.square().sum(-1) / (count - 1)
     return torch.where(count > 1, variance.sqrt(), torch.nan).float()
-
-
-def reward_correlation(component: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
-    """Does a component of the reward move with the total?
-
-    Pearson: ``sum (c - mean c)(r - mean r) / sqrt(sum (c - mean c)^2 sum (r - mean r)^2)`` over
-    completions that have both.
-
-    Args:
-        component: ``[..., n]``; NaN where it did not apply.
-        reward: ``[..., n]`` total; NaN where nothing could be scored.
-
-    Returns:
-        Correlation ``[...]`` in -1..1, NaN where unknown, and the completions behind it ``[...]``,
-        0 where there are fewer than three of them or one of the two is constant.
-
-    Device: the input's; no host synchronisation; sums in float64 where it has it.
-    Cost: O(n) time and memory.
-
-    Example:
-        >>> reward_correlation(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([5.0, 3.0, 1.0]))
-        (tensor(-1.), tensor(3.))
-    """
-    known = ~(component.isnan() | reward.isnan())
-    count = known.sum(-1)
-
-    def centred(values: Tensor) -> Tensor:
-        wide = torch.where(known, values, 0.0).to(wide_dtype(values))
-        mean = wide.sum(-1, keepdim=True) / count[..., None]
-        return torch.where(known, wide - mean, 0.0)
-
-    one, other = centred(component), centred(reward)
-    scale = one.square().sum(-1).sqrt() * other.square().sum(-1).sqrt()
-    correlation = ((one * other).sum(-1) / scale).clamp(-1.0, 1.0).float()
-    counts = torch.where((count >= LEAST_PAIRS) & (scale != 0), count, 0).float()
-    return torch.where(counts > 0, correlation, torch.nan), counts
 
 
 @diagnostic(
@@ -206,7 +173,10 @@ def _component_blocks(reading: RolloutReading) -> list[Block]:
         "missing/share": (share_where(~known, everything), everything.sum(-1)),
     }
     if reading.reward is not None:
-        columns["correlation"] = reward_correlation(parts, reading.reward.float())
+        reward = reading.reward.float()
+        both = known & ~reward.isnan()
+        found = correlation(parts, reward.expand_as(parts), both)
+        columns["correlation"] = found, torch.where(found.isnan(), 0.0, both.sum(-1).float())
     return [
         Block.metrics(
             [f"reward/component/{name}"] * len(modules), values, weight=weight, modules=modules

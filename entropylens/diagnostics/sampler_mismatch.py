@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from entropylens.diagnostics._summaries import (
+    correlation,
     share_where,
     summarise,
     weighted_mean,
@@ -18,7 +19,7 @@ from entropylens.diagnostics.importance_ratio import effective_sample_size_share
 from entropylens.diagnostics.reference_kl import k3
 from entropylens.registry import Block, Diagnostic, Metric, PolicyReading, diagnostic
 
-__all__ = ["SamplerMismatch", "correlation"]
+__all__ = ["SamplerMismatch"]
 
 TAIL: Final = log(2)
 
@@ -132,43 +133,11 @@ METRICS: Final[Mapping[str, Metric]] = {
         unit="1",
         high="near 1: they agree; blind to differences among improbable tokens",
         low="below about 0.99: the two score different text, or different weights",
-        estimator=_WHICH + "; absent where one of the two does not vary",
+        estimator=_WHICH + "; absent where one of the two does not vary beyond float32 rounding, "
+        "and below 3 tokens",
         source="Pearson (1895)",
     ),
 }
-
-
-def correlation(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """Do two columns rise and fall together?
-
-    Pearson's ``cov(x, y) / sqrt(var(x) var(y))``, weighted, population.
-
-    Args:
-        first: ``[n]``; what stands where the weight is 0 is ignored, NaN included.
-        second: ``[n]``, likewise.
-        weight: ``[n]``, at least 0.
-
-    Returns:
-        ``[]`` in -1..1, float32; NaN where a column does not vary beyond rounding, or nothing
-        carries weight.
-
-    Device: the input's; no host synchronisation.
-    Cost: O(n).
-    Source: Pearson (1895).
-
-    Example:
-        >>> correlation(torch.arange(3.0), torch.tensor([0.0, 2.0, 4.0]), torch.ones(3))
-        tensor(1.)
-    """
-    wide = weight.to(wide_dtype(weight))
-    columns = torch.where(wide > 0, torch.stack([first, second]).to(wide.dtype), 0.0)
-    share = wide / wide.sum()
-    centred = columns - (columns * share).sum(-1, keepdim=True)
-    variance = (centred.square() * share).sum(-1)
-    varies = (variance > 1e-20 * (columns.square() * share).sum(-1)).all()
-    covariance = (centred[0] * centred[1] * share).sum()
-    found = (covariance / variance.prod().sqrt()).clamp(-1.0, 1.0)
-    return torch.where(varies, found, torch.nan).float()
 
 
 @diagnostic(

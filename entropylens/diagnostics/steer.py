@@ -21,10 +21,12 @@ _FIXED: Final = {
 }
 _TOKENS = (
     "mean over scored tokens (mask), all of them or a uniform sample of each micro-batch, weighted "
-    "by the tokens each stands for"
+    "by the tokens each stands for. Known up to one slope, the step size in logits, if the loss "
+    'averages over tokens and has neither KL penalty nor entropy bonus (TRL\'s loss_type "grpo" '
+    "weighs tokens by 1 / length)"
 )
 METRICS: Final[Mapping[str, Metric]] = {
-    "entropy/estimate/steer": Metric(
+    "entropy/change/estimate/steer": Metric(
         question="What will this step do to the entropy, by STEER's theorem?",
         formula="-mean of r A I_clip (1 - p) S, S = p (log p + H)",
         estimator=f"{_TOKENS}. Only the sampled logit is taken to move: right where the sampled "
@@ -34,7 +36,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "third party, its body was not at hand",
         **_FIXED,
     ),
-    "entropy/estimate/steer_released": Metric(
+    "entropy/change/estimate/steer_released": Metric(
         question="What will this step do to the entropy, by the code that STEER released?",
         formula="-mean of (A / clip(p_old, 1e-8, 1)) x (1 - x)(log x + H), "
         "x = clip(p, 1e-8, 1 - 1e-8)",
@@ -119,11 +121,11 @@ class Steer(Diagnostic):
         tokens, old = reading.tokens, reading.old_logprob
         logprob, entropy = tokens.logprob, tokens.entropy
         terms = {
-            "entropy/estimate/steer_released": steer_released_term(
+            "entropy/change/estimate/steer_released": steer_released_term(
                 logprob, entropy, reading.advantage, logprob if old is None else old
             )
         }
         if reading.is_pull_known:
-            terms["entropy/estimate/steer"] = steer_term(logprob, entropy, pull(reading))
+            terms["entropy/change/estimate/steer"] = steer_term(logprob, entropy, pull(reading))
         means = weighted_mean(torch.stack(list(terms.values())), tokens.weight)
         return [Block.metrics(list(terms), means, weight=tokens.weight.sum())], state

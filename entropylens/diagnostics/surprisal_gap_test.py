@@ -63,7 +63,8 @@ METRICS: Final[Mapping[str, Metric]] = {
         "as gap_test/z, with both sums over all tokens tested in this run",
         "above 3: the tokens are less likely than the policy believes; small mismatches add up here",
         "below -3: they are likelier than it believes; small mismatches add up here",
-        estimator=_ESTIMATOR + "; for one look: whoever looks at every step sees |Z| > 3 more often "
+        estimator=_ESTIMATOR
+        + "; for one look: whoever looks at every step sees |Z| > 3 more often "
         "than 1 in 370, and for that there is gap_test/anytime_p; absent where every token was "
         "certain; over R ranks multiply by sqrt(R) as in gap_test/z",
     ),
