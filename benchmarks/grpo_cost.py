@@ -2,7 +2,7 @@
 
 Two processes train the same steps from the same seed at the same time, one watched and one bare,
 each on a core of its own; then they change cores. Both see the same rollouts to the bit, so that
-each step is compared with itself: the cost is the median over steps of (watched - bare) / bare, over
+each step is compared with itself: the cost is the median over steps of (watched - bare) / bare, of
 both placings. The training is `sample_runs/grpo_countdown`'s collapse, from its base policy.
 
     python -m benchmarks.grpo_cost [--steps 40] [--presets fast balanced full] [--out DIR]

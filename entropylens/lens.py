@@ -287,7 +287,7 @@ class Lens:
         """Show the completions of one generation before anything shuffles them.
 
         Args:
-            **known: Fields of `entropylens.registry.RolloutReading`: ``reward`` and ``group_size``
+            **known: Fields of `entropylens.readings.RolloutReading`: ``reward`` and ``group_size``
                 for what is told of groups, ``rewards`` by component, ``correct``, ``answer``,
                 ``token_id`` and ``mask`` for lengths and repetition, ``truncated``, ``seconds``.
 

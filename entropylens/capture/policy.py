@@ -36,7 +36,7 @@ class PolicyBatch:
 
     Columns are the last ``C`` that the forward scored, C being the width of completions, the same
     for all fields: the mask's, or all that the forward scored where there is no mask. Fields are as
-    in `entropylens.registry.PolicyReading`, ``[B, C]`` where those are ``[n]`` and ``[B]`` where
+    in `entropylens.readings.PolicyReading`, ``[B, C]`` where those are ``[n]`` and ``[B]`` where
     they are ``[sequences]``.
     """
 

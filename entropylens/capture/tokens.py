@@ -50,7 +50,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSlice:
-    """The measured tokens of one micro-batch, as `entropylens.registry.TokenReading` has them."""
+    """The measured tokens of one micro-batch, as `entropylens.readings.TokenReading` has them."""
 
     logprob: Tensor
     entropy: Tensor

@@ -6,19 +6,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from entropylens.diagnostics._cells import CELLS
 from entropylens.diagnostics._estimators import ESTIMATORS, TokenParts
 from entropylens.diagnostics._policy import pull
-from entropylens.diagnostics._summaries import wide_dtype
+from entropylens.diagnostics._summaries import ROUNDING, correlation, wide_dtype
+from entropylens.diagnostics.entropy_discriminator import discriminator, sign_cells
 from entropylens.registry import Block, Diagnostic, Lookup, Metric, ProbeReading, diagnostic
 
 __all__ = ["EntropyChange", "entropy_change", "entropy_of"]
 
 EXACT: Final = "exact"
-CELLS: Final = ("positive_above", "positive_below", "negative_above", "negative_below")
 MEMORY: Final = 0.98
 """Weight of what was known before, at each measurement: some fifty of them count."""
-LEAST: Final = 8.0
+LEAST: Final = 8
 """Measurements that a slope needs."""
+_LEAST_COUNT: Final = (1 - MEMORY ** (LEAST - 0.5)) / (1 - MEMORY)
+"""What so many count after fading, less half a measurement for rounding."""
 ROWS: Final = 16
 """States written to the tokens table, those that the update changes most."""
 _BLOCK: Final = 1 << 22
@@ -33,7 +36,7 @@ _COST = (
     "one forward with its derivative (about two) and one plain forward of up to 16 sequences, and "
     "a copy of the trained parameters while the step lasts"
 )
-_SOURCE = "first order: arXiv 2505.22617, Lemma 1; the estimators: see entropy/estimate/*"
+_SOURCE = "first order: arXiv 2505.22617, Lemma 1; the estimators: see entropy/change/estimate/*"
 
 
 def _metric(question: str, formula: str, high: str, low: str, **other: str) -> Metric:
@@ -43,8 +46,8 @@ def _metric(question: str, formula: str, high: str, low: str, **other: str) -> M
 
 _ACROSS = (
     "over measured steps, the older ones fading by 2 % a measurement; module is the estimator: "
-    "exact, or one of those that know no more than each token's own numbers; absent below 8 "
-    "measurements"
+    "exact, or one of those that know no more than each token's own numbers; absent below "
+    f"{LEAST} measurements and where one of the two does not vary beyond float32 rounding"
 )
 METRICS: Final[Mapping[str, Metric]] = {
     "entropy/change/predicted": _metric(
@@ -82,6 +85,8 @@ METRICS: Final[Mapping[str, Metric]] = {
         "near 1: the estimate knows the states",
         "near 0: other tokens, through shared weights, decide what happens here",
         unit="1",
+        estimator=f"{_STATES}; absent below 3 states and where one of the two does not vary beyond "
+        "float32 rounding",
     ),
     "entropy/change/fit/slope": _metric(
         "How many nats is one unit of an estimate worth in this run?",
@@ -101,15 +106,17 @@ METRICS: Final[Mapping[str, Metric]] = {
         estimator=_ACROSS,
     ),
     **{
-        f"entropy/change/cell/{cell}": _metric(
-            f"What part of the predicted change comes from states of the cell {cell}?",
-            "sum over the states whose own token has that sign of advantage and of S_a - N, of the "
-            "predicted change, divided by all states' weight: the four, and states of advantage 0, "
-            "add up to entropy/change/predicted",
-            "this cell opens the policy up",
-            "this cell closes it down",
+        f"entropy/change/at/{cell}": _metric(
+            f"What part of the predicted change happens at states whose token has {where}?",
+            f"sum of the predicted change over the states whose own token has {where}, divided by "
+            "all states' weight: the four, and states with A = 0 or S = N, add up to "
+            "entropy/change/predicted",
+            "the entropy AT these states rises, whichever tokens caused it; by cause it is in "
+            f"discriminator/cell/{cell}/change",
+            "the entropy AT these states falls, whichever tokens caused it; by cause it is in "
+            f"discriminator/cell/{cell}/change",
         )
-        for cell in CELLS
+        for cell, (where, _) in CELLS.items()
     },
 }
 
@@ -133,11 +140,17 @@ def entropy_of(logits: Tensor) -> tuple[Tensor, Tensor]:
         >>> entropy_of(torch.zeros(1, 2))[1].abs().max() < 1e-7
         tensor(True)
     """
+    _, entropy, discriminators = _distribution(logits)
+    return entropy, discriminators
+
+
+def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, H and S."""
     logp = logits.log_softmax(-1)
     p = logp.exp()
     logp = torch.where(p > 0, logp, 0.0)
     entropy = -(p * logp).sum(-1)
-    return entropy, p * (logp + entropy[:, None])
+    return p, entropy, p * (logp + entropy[:, None])
 
 
 def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
@@ -164,17 +177,32 @@ def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Te
         >>> bool((predicted / measured - 1).abs() < 1e-3), bool(predicted < 0)
         (True, True)
     """
+    predicted, measured, extrapolated, *_ = _of_states(
+        before, after, direction, torch.zeros_like(before[:, 0], dtype=torch.long)
+    )
+    return predicted, measured, extrapolated
+
+
+def _of_states(before: Tensor, after: Tensor, direction: Tensor, token_id: Tensor) -> Tensor:
+    """``[6, m]``: the three of `entropy_change`; before the update log p of the token, H and N."""
     rows = max(_BLOCK // before.shape[1], 1)
     kind = wide_dtype(before)
-    changes = []
-    parts = (tensor.split(rows) for tensor in (before, after, direction))
-    for old, new, change in zip(*parts, strict=True):
-        entropy, discriminator = entropy_of(old.to(kind))
+    found = []
+    parts = (tensor.split(rows) for tensor in (before, after, direction, token_id))
+    for old, new, change, token in zip(*parts, strict=True):
+        wide = old.to(kind)
+        logprob = wide.gather(1, token[:, None])[:, 0] - wide.logsumexp(-1)
+        p, entropy, discriminators = _distribution(wide)
+        del wide
+        expected = p.mul_(discriminators).sum(-1)
+        del p
         # A class that is masked moves nowhere, whatever its derivative is said to be.
         moved = torch.where(old == -torch.inf, 0.0, change.to(kind))
-        found = [entropy_of(logits.to(kind))[0] - entropy for logits in (new, old + moved)]
-        changes.append(torch.stack([-(discriminator * moved).sum(-1), *found]))
-    return tuple(torch.cat(changes, 1))
+        predicted = -(discriminators * moved).sum(-1)
+        del discriminators
+        changes = [entropy_of(logits.to(kind))[0] - entropy for logits in (new, old + moved)]
+        found.append(torch.stack([predicted, *changes, logprob, entropy, expected]))
+    return torch.cat(found, 1)
 
 
 @diagnostic(
@@ -188,8 +216,8 @@ class EntropyChange(Diagnostic):
 
     def measure(self, reading: ProbeReading, state: Any) -> tuple[list[Block], Any]:
         """Compare the states of one step before and after its update."""
-        predicted, measured, extrapolated = entropy_change(
-            reading.before, reading.after, reading.direction
+        predicted, measured, extrapolated, logprob, entropy, expected = _of_states(
+            reading.before, reading.after, reading.direction, reading.token_id
         )
         weight = reading.weight.to(predicted.dtype)
         total = weight.sum()
@@ -200,16 +228,16 @@ class EntropyChange(Diagnostic):
         blocks = [Block.metrics(names, torch.cat([means, exact]).float(), weight=total)]
         estimates = {EXACT: predicted}
         if reading.advantage is not None:
-            parts = _parts(reading)
+            parts = _parts(reading, logprob, entropy, expected)
             estimates |= {name: find(parts).to(weight.dtype) for name, find in ESTIMATORS.items()}
             blocks.append(_cells(parts, predicted, weight))
-        blocks.append(_token_rows(reading, predicted))
+        blocks.append(_token_rows(reading, predicted, logprob, entropy))
         modules, columns = list(estimates), torch.stack([*estimates.values()]).to(weight.dtype)
-        correlations, _ = _line(columns, measured.expand_as(columns), weight.expand_as(columns))
+        correlations = correlation(columns, measured.expand_as(columns), weight.expand_as(columns))
         blocks.append(
             Block.metrics(
                 ["entropy/change/state/correlation"] * len(modules),
-                correlations.float(),
+                correlations,
                 weight=torch.where(correlations.isnan(), 0.0, total),
                 modules=modules,
             )
@@ -222,45 +250,43 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, values * weight, 0.0).sum(-1) / weight.sum()
 
 
-def _parts(reading: ProbeReading) -> TokenParts:
-    logp = reading.before.to(wide_dtype(reading.before)).log_softmax(-1)
-    picked = logp.gather(1, reading.token_id[:, None])[:, 0]
-    entropy, discriminator = entropy_of(logp)
+def _parts(reading: ProbeReading, logprob: Tensor, entropy: Tensor, expected: Tensor) -> TokenParts:
     assert reading.advantage is not None
+    kind = logprob.dtype
     return TokenParts(
-        logprob=picked,
+        logprob=logprob,
         entropy=entropy,
-        advantage=reading.advantage.to(picked.dtype),
-        pull=pull(reading).to(picked.dtype),
-        old_logprob=None if reading.log_ratio is None else picked - reading.log_ratio,
-        expected_discriminator=(logp.exp() * discriminator).sum(-1),
-        weight=reading.weight.to(picked.dtype),
+        advantage=reading.advantage.to(kind),
+        pull=pull(reading).to(kind),
+        old_logprob=None if reading.log_ratio is None else logprob - reading.log_ratio,
+        expected_discriminator=expected,
+        weight=reading.weight.to(kind),
     )
 
 
 def _cells(parts: TokenParts, predicted: Tensor, weight: Tensor) -> Block:
     assert parts.expected_discriminator is not None
-    excess = parts.logprob.exp() * (parts.logprob + parts.entropy) - parts.expected_discriminator
-    signs = (parts.advantage > 0, parts.advantage < 0)
-    masks = torch.stack([sign & side for sign in signs for side in (excess > 0, excess <= 0)])
+    excess = discriminator(parts.logprob, parts.entropy) - parts.expected_discriminator
+    cells = sign_cells(parts.advantage, excess)
     return Block.metrics(
-        [f"entropy/change/cell/{cell}" for cell in CELLS],
-        _mean(torch.where(masks, predicted, 0.0), weight).float(),
+        [f"entropy/change/at/{cell}" for cell in CELLS],
+        _mean(torch.where(cells, predicted, 0.0), weight).float(),
         weight=weight.sum(),
     )
 
 
-def _token_rows(reading: ProbeReading, predicted: Tensor) -> Block:
+def _token_rows(
+    reading: ProbeReading, predicted: Tensor, logprob: Tensor, entropy: Tensor
+) -> Block:
     size = torch.where(reading.weight > 0, predicted.abs(), -1.0)
     index = size.topk(min(ROWS, size.shape[0])).indices
-    logp = reading.before[index].float().log_softmax(-1)
     columns: dict[str, Any] = {
         "present": reading.weight[index] > 0,
         "sequence": reading.sequence[index],
         "position": reading.position[index],
         "token_id": reading.token_id[index],
-        "logprob": logp.gather(1, reading.token_id[index][:, None])[:, 0],
-        "entropy": entropy_of(logp)[0],
+        "logprob": logprob[index].float(),
+        "entropy": entropy[index].float(),
         "predicted_entropy_change": predicted[index].float(),
         "selection": ["change"] * len(index),
     }
@@ -269,18 +295,6 @@ def _token_rows(reading: ProbeReading, predicted: Tensor) -> Block:
     if reading.sample_ids is not None:
         columns["sample_id"] = Lookup(reading.sample_ids, columns["sequence"])
     return Block("tokens", columns)
-
-
-def _line(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Correlation and slope of y on x along the last axis; NaN where one of them is constant."""
-    centred_x, centred_y = (
-        torch.where(weight > 0, value, 0.0) - _mean(value, weight[0])[:, None] for value in (x, y)
-    )
-    xx, yy, xy = (
-        (weight * product).sum(-1)
-        for product in (centred_x**2, centred_y**2, centred_x * centred_y)
-    )
-    return xy / (xx * yy).sqrt(), xy / xx
 
 
 def _remember(state: Any, estimates: Tensor, measured: Tensor) -> Tensor:
@@ -296,19 +310,26 @@ def _remember(state: Any, estimates: Tensor, measured: Tensor) -> Tensor:
 def _fit_blocks(state: Tensor, modules: list[str]) -> list[Block]:
     count, x, y, xx, xy, yy = state
     covariance = xy / count - x * y / count**2
-    spread_x, spread_y = (
-        (square / count - (mean / count) ** 2).clamp(min=0) for square, mean in ((xx, x), (yy, y))
+    (spread_x, x_varies), (spread_y, y_varies) = (
+        _spread(total / count, squares / count) for total, squares in ((x, xx), (y, yy))
     )
+    correlations = covariance / (spread_x.sqrt() * spread_y.sqrt())
     found = {
-        "entropy/change/fit/slope": covariance / spread_x,
-        "entropy/change/fit/correlation": covariance / (spread_x * spread_y).sqrt(),
+        "entropy/change/fit/slope": torch.where(x_varies, covariance / spread_x, torch.nan),
+        "entropy/change/fit/correlation": torch.where(x_varies & y_varies, correlations, torch.nan),
     }
     return [
         Block.metrics(
             [name] * len(modules),
             values.float(),
-            weight=torch.where((count >= LEAST) & values.isfinite(), count, 0.0),
+            weight=torch.where((count > _LEAST_COUNT) & values.isfinite(), count, 0.0),
             modules=modules,
         )
         for name, values in found.items()
     ]
+
+
+def _spread(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance, and whether it is more than rounding makes, as in `centred`."""
+    variance = (square - mean**2).clamp(min=0)
+    return variance, variance > ROUNDING**2 * square

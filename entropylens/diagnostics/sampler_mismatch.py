@@ -5,7 +5,6 @@ from math import log
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from entropylens.diagnostics._summaries import (
     correlation,

@@ -61,8 +61,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "gap_test/run_z": _metric(
         "Are all tokens tested so far what the policy would draw, in standard errors?",
         "as gap_test/z, with both sums over all tokens tested in this run",
-        "above 3: the tokens are less likely than the policy believes; small mismatches add up here",
-        "below -3: they are likelier than it believes; small mismatches add up here",
+        "above 3: the tokens are less likely than the policy believes; small gaps add up here",
+        "below -3: they are likelier than it believes; small gaps add up here",
         estimator=_ESTIMATOR
         + "; for one look: whoever looks at every step sees |Z| > 3 more often "
         "than 1 in 370, and for that there is gap_test/anytime_p; absent where every token was "

@@ -229,6 +229,53 @@ def test_right_draws_pass_and_every_other_sampler_is_rejected() -> None:
         assert again["anytime_p"] > 0.05
 
 
+def test_a_temperature_that_is_off_by_one_percent_is_rejected_within_300_000_tokens() -> None:
+    states, draws = 300, 1000
+    logits = logits_of(states, 54)
+    entropy, varentropy, cumulant = surprisal_cumulants(logits, EXPONENTS)
+    logp = logits.log_softmax(-1)
+    for temperature, sign in ((0.99, -1), (1.0, 0), (1.01, 1)):
+        token = torch.multinomial(
+            (logits / temperature).softmax(-1),
+            draws,
+            replacement=True,
+            generator=torch.Generator().manual_seed(55),
+        )
+        found = SampledReading(
+            surprisal_gap=(-logp.gather(1, token) - entropy[:, None]).T.flatten(),
+            varentropy=varentropy.repeat(draws),
+            cumulant=cumulant.repeat(1, draws),
+            exponents=EXPONENTS,
+            present=torch.ones(states * draws, dtype=torch.bool),
+        )
+        values = measured(found)
+        if sign:
+            assert values["anytime_p"] < 1e-3
+            assert values["log_evidence"] > log(20)
+            assert sign * values["run_z"] > 5
+        else:
+            assert values["anytime_p"] > 0.05
+            assert abs(values["run_z"]) < 3
+
+
+def test_the_z_of_the_run_adds_up_steps_that_say_little_alone() -> None:
+    logits = logits_of(2000, 56)
+    found = reading(logits, drawn((logits / 0.92).softmax(-1), 57))
+    state: Any = None
+    alone, together = [], []
+    for start in range(0, 2000, 100):
+        blocks, state = SurprisalGapTest().measure(part(found, slice(start, start + 100)), state)
+        values = values_of(blocks)
+        alone.append(values["z"])
+        together.append(values["run_z"])
+    gap, varentropy = found.surprisal_gap.double().numpy(), found.varentropy.double().numpy()
+    for n, value in zip(range(100, 2001, 100), together, strict=True):
+        assert value == pytest.approx(gap[:n].sum() / np.sqrt(varentropy[:n].sum()), rel=1e-5)
+    assert together[0] == alone[0]
+    assert np.median(alone) > -2
+    assert together[-1] < -4
+
+
 def test_steps_make_the_same_as_one_reading_and_the_p_value_never_forgets() -> None:
     bad, good = logits_of(400, 60), logits_of(400, 61)
     tokens = torch.cat([drawn((bad / 0.7).softmax(-1), 62), drawn((good / 1.4).softmax(-1), 63)])
@@ -307,6 +354,7 @@ def test_nothing_drawn_is_absent_and_certain_tokens_have_no_z() -> None:
     certain = reading(torch.tensor([[50.0, -torch.inf]] * 3), torch.zeros(3, dtype=torch.long))
     values = measured(certain)
     assert "z" not in values
+    assert "run_z" not in values
     assert values["anytime_p"] == 1.0
     assert values["gap/mean"] == 0.0
     assert SurprisalGapTest().measure(part(found, slice(0, 0)), None) == ([], None)
