@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from entropylens.diagnostics._cells import CELLS as SIGN_CELLS
 from entropylens.rules.blocks import block_length, straight
 from entropylens.store.filters import matching
 from entropylens.store.query import series
@@ -37,20 +38,19 @@ ENTROPY: Final = "entropy/token/mean"
 STATES: Final = "entropy/change/state/correlation"
 ESTIMATES: Final[Mapping[str, tuple[str, int]]] = {
     "exact": (PREDICTED, 1),
-    "discriminator": ("entropy/estimate/discriminator", 1),
-    "steer": ("entropy/estimate/steer", 1),
+    "discriminator": ("entropy/change/estimate/discriminator", 1),
+    "steer": ("entropy/change/estimate/steer", 1),
     "natural_gradient": ("covariance/within/mean", -1),
     "clip_b": ("covariance/policy_gradient/mean", -1),
-    "steer_released": ("entropy/estimate/steer_released", 1),
+    "steer_released": ("entropy/change/estimate/steer_released", 1),
     "token_covariance": ("covariance/total/mean", -1),
 }
 """Which metric an estimate's mean over a step is read from, and with which sign. That of clip_b is
 -mean S_a A, without clipping and importance ratio."""
 CELLS: Final[Mapping[str, str]] = {
-    "positive_above": "positive advantage and S above N",
-    "positive_below": "positive advantage and S below N",
-    "negative_above": "negative advantage and S above N",
-    "negative_below": "negative advantage and S below N",
+    cell: f"{sign} advantage and S {side} N"
+    for cell in SIGN_CELLS
+    for sign, side in [cell.split("_")]
 }
 REST: Final = "no advantage"
 
@@ -106,7 +106,8 @@ class Totals:
     entropy: float
     """Mean token entropy at the last step less that at the first; NaN where it is not known."""
     cells: dict[str, float]
-    """Parts of the prediction, by the sign cells of `CELLS`, and ``no advantage``."""
+    """Parts of the prediction by where they happen: at states whose token is in one of the sign
+    cells of `CELLS`, and at others (``no advantage``, or S = N)."""
 
     @property
     def share(self) -> float:
@@ -164,7 +165,7 @@ def read_entropy_change(run: Run) -> EntropyChanges | None:
 
     Cost: some 0.1 s for 10,000 measured steps, and one look at the tokens table.
     """
-    names = [name for name, _ in ESTIMATES.values()] + [f"entropy/change/cell/{c}" for c in CELLS]
+    names = [name for name, _ in ESTIMATES.values()] + [f"entropy/change/at/{c}" for c in CELLS]
     rows = series(run, [*names, MEASURED, ENTROPY, STATES]).to_pandas()
     rows = rows[(rows["phase"] == "train") & np.isfinite(rows["value"].astype("float64"))]
     inner = rows["module"].fillna("")
@@ -280,7 +281,7 @@ def _totals(
     first, last = (at[0], at[-1]) if is_known else (steps[0], steps[-1] + 1)
     chosen = (steps >= first) & (steps < last)
     found = {
-        cell: _at(steps[chosen], whole.get(f"entropy/change/cell/{cell}", (steps[:0], steps[:0])))
+        cell: _at(steps[chosen], whole.get(f"entropy/change/at/{cell}", (steps[:0], steps[:0])))
         for cell in CELLS
     }
     is_split = np.isfinite([predicted[chosen], *found.values()]).all(0)

@@ -20,8 +20,9 @@ def change_sentences(found: EntropyChanges) -> list[str]:
         found: From `read_entropy_change`.
 
     Returns:
-        One sentence or two each: what it comes to, how well the prediction was met, from which
-        tokens it came, which of the estimates agrees best, and what it says of the next rollouts.
+        One sentence or two each: what it comes to, how well the prediction was met, at the
+        states of which tokens it happens, which of the estimates agrees best, and what it says of
+        the next rollouts.
     """
     return [_total(found), *_identity(found), *_cells(found), *_rivals(found), *_next(found)]
 

@@ -76,7 +76,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         "E_p[A] = 0 there, and too large by E_p[A] E_p[S] elsewhere "
         f"(entropy/change/estimate/discriminator is not); {_SINGLE}",
         high="the gradient step lowers the entropy, dH = -eta times this where E_p[A] = 0",
-        low="below 0 the step raises the entropy",
+        low="below 0 the step raises the entropy where E_p[A] = 0",
         source=f"{_CUI}, Theorem 1",
     ),
 }

@@ -107,7 +107,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     **{
         f"entropy/change/at/{cell}": _metric(
-            f"What part of the predicted change happens at states whose token has {where}?",
+            f"What part of the predicted change happens AT states whose own token has {where}, "
+            "whichever tokens cause it?",
             f"sum of the predicted change over the states whose own token has {where}, divided by "
             "all states' weight: the four, and states with A = 0 or S = N, add up to "
             "entropy/change/predicted",
@@ -168,7 +169,7 @@ def entropy_change(before: Tensor, after: Tensor, direction: Tensor) -> tuple[Te
         Predicted, measured and extrapolated change, ``[m]`` each, nats.
 
     Device: the logits'; no host synchronisation.
-    Cost: O(m V); at most some 150 MiB beyond the logits.
+    Cost: O(m V); at most some 250 MiB beyond the logits.
     Source: Cui et al., arXiv 2505.22617, Lemma 1: dH = -Cov_p(log p, dz).
 
     Example:

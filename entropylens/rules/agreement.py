@@ -1,7 +1,7 @@
 """Is the entropy that the framework logs the one that we measure?"""
 
 from dataclasses import dataclass
-from math import inf, isfinite, sqrt
+from math import isfinite, sqrt
 from typing import Any, Final
 
 __all__ = ["Agreement", "allowed_difference"]
@@ -21,10 +21,14 @@ _CAUSES: Final = (
 
 @dataclass(slots=True)
 class Agreement:
-    """Compares step by step, and speaks up once, and again each time the gap has doubled."""
+    """Compares step by step, and speaks up once, and again each time the gap has doubled.
+
+    A value that is no number is told once on its own, and silences nothing.
+    """
 
     reported: float = 0.0
     """Largest gap told so far, in allowed differences."""
+    told_no_number: bool = False
     first: int | None = None
     """First step that did not agree."""
     steps: int = 0
@@ -56,14 +60,19 @@ class Agreement:
             return None
         allowed = allowed_difference(ours_std, ours_tokens, is_complete, theirs)
         difference = abs(ours_mean - theirs)
-        gap = difference / allowed if isfinite(difference) else inf
+        gap = difference / allowed
         if gap <= 1:
             return None
         self.first = step if self.first is None else self.first
         self.steps += 1
-        if self.reported == inf or gap < 2 * self.reported:
+        if isfinite(gap):
+            if gap < 2 * self.reported:
+                return None
+            self.reported = gap
+        elif self.told_no_number:
             return None
-        self.reported = gap
+        else:
+            self.told_no_number = True
         error = 0.0 if is_complete else ours_std / sqrt(max(ours_tokens, 1.0))
         return {
             "kind": "agreement",

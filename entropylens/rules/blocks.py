@@ -35,7 +35,13 @@ class Line:
 
 
 def fit_line(
-    x: Floats, y: Floats, *, block: int | None = None, repetitions: int = 400, seed: int = 0
+    x: Floats,
+    y: Floats,
+    *,
+    block: int | None = None,
+    repetitions: int = 400,
+    seed: int = 0,
+    parameters: int = 2,
 ) -> Line:
     """Which line runs through a series, and how sure is it?
 
@@ -50,6 +56,7 @@ def fit_line(
         block: Length of the blocks; by default `block_length` of e.
         repetitions: Of the bootstrap.
         seed: Of its draws; no global random state is touched.
+        parameters: How many were fitted in all, where x and y are what other fits to both left.
 
     Returns:
         The line.
@@ -67,9 +74,9 @@ def fit_line(
     design = np.column_stack([np.ones(count), x - middle])
     solved, *_ = np.linalg.lstsq(design, y, rcond=None)
     residuals = y - design @ solved
-    rho = memory(residuals)
+    rho = memory(residuals, parameters)
     innovations = residuals[1:] - rho * residuals[:-1]
-    innovations = (innovations - innovations.mean()) * sqrt(count / (count - 3))
+    innovations = (innovations - innovations.mean()) * sqrt(count / (count - parameters - 1))
     length = block_length(innovations) if block is None else min(block, count - 1)
     colour = _coloured(design / (design**2).sum(0), rho)
     generator = np.random.default_rng(seed)
@@ -81,14 +88,16 @@ def fit_line(
     return Line(intercept, slope, drawn, residuals, rho, length)
 
 
-def memory(residuals: Floats) -> float:
+def memory(residuals: Floats, parameters: int = 2) -> float:
     """How much of a residual is still there one value later?
 
-    ``sum r_t r_(t-1) / sum r_(t-1)^2``, which beside a constant and a trend is too low by about
-    ``(2 + 4 rho) / n``; corrected for that and kept within ``-0.95 .. 1 - 1/n``.
+    ``sum r_t r_(t-1) / sum r_(t-1)^2``, which beside p smooth courses (2: a constant and a trend)
+    is too low by about ``(p + (p + 2) rho) / n``; corrected for that and kept within
+    ``-0.95 .. 1 - 1/n``.
 
     Args:
-        residuals: ``[n]``, n > 4.
+        residuals: ``[n]``, n > parameters + 2.
+        parameters: p, fitted to what left the residuals.
 
     Returns:
         rho; 0 where all residuals are 0.
@@ -101,7 +110,7 @@ def memory(residuals: Floats) -> float:
     if power == 0:
         return 0.0
     raw = float(residuals[1:] @ residuals[:-1]) / power
-    return min(max((count * raw + 2) / (count - 4), -0.95), 1 - 1 / count)
+    return min(max((count * raw + parameters) / (count - parameters - 2), -0.95), 1 - 1 / count)
 
 
 def block_length(innovations: Floats) -> int:

@@ -40,9 +40,9 @@ def planted(seed: int = 0) -> dict[str, Any]:
         "entropy/change/predicted": predicted,
         "entropy/change/measured": measured,
         "entropy/token/mean": 3 + np.r_[0.0, moved[:-1].cumsum()],
-        **{f"entropy/change/cell/{cell}": part * predicted for cell, part in CELLS.items()},
+        **{f"entropy/change/at/{cell}": part * predicted for cell, part in CELLS.items()},
         "covariance/within/mean": -3 * measured + 0.01 * generator.standard_normal(COUNT),
-        "entropy/estimate/steer": 2 * measured + 0.05 * generator.standard_normal(COUNT),
+        "entropy/change/estimate/steer": 2 * measured + 0.05 * generator.standard_normal(COUNT),
     }
 
 
@@ -92,7 +92,7 @@ def test_agreement_is_what_the_textbooks_formulas_give(found: EntropyChanges) ->
     exact, steer, natural = found.agreements
     assert [one.name for one in found.agreements] == ["exact", "steer", "natural_gradient"]
     for one, x in (
-        (steer, columns["entropy/estimate/steer"]),
+        (steer, columns["entropy/change/estimate/steer"]),
         (exact, columns["entropy/change/predicted"]),
         (natural, -columns["covariance/within/mean"]),
     ):
@@ -248,7 +248,7 @@ def test_a_rise_parts_that_cancel_and_a_prediction_without_skill_are_called_so(
 ) -> None:
     columns = planted()
     rising = {name: -values for name, values in columns.items() if "entropy/change" in name}
-    rising["entropy/estimate/steer"] = np.zeros(COUNT)
+    rising["entropy/change/estimate/steer"] = np.zeros(COUNT)
     rising["covariance/within/mean"] = np.random.default_rng(5).standard_normal(COUNT)
     rising["entropy/token/mean"] = columns["entropy/token/mean"]
     _, _, cells, rivals, ahead = change_sentences(read(tmp_path / "rising", rising))
@@ -257,8 +257,8 @@ def test_a_rise_parts_that_cancel_and_a_prediction_without_skill_are_called_so(
         "No estimate from each token's own numbers tells in which steps the entropy moves."
     )
     assert "one update later, the prediction has no skill: to say that it stays" in ahead
-    even = {**columns, "entropy/change/cell/positive_above": np.full(COUNT, 0.1)}
-    even["entropy/change/cell/negative_above"] = np.full(COUNT, -0.1)
+    even = {**columns, "entropy/change/at/positive_above": np.full(COUNT, 0.1)}
+    even["entropy/change/at/negative_above"] = np.full(COUNT, -0.1)
     cells = change_sentences(read(tmp_path / "even", even))[2]
     assert "what is left of larger parts" in cells
     assert "those with positive advantage and S above N +11.9 nats" in cells
@@ -307,7 +307,7 @@ def test_what_is_no_number_is_left_out_and_a_constant_agrees_with_nothing(tmp_pa
     columns = planted()
     columns["entropy/change/measured"][10] = np.nan
     columns["entropy/change/predicted"][20] = np.inf
-    columns["covariance/within/mean"] = columns["entropy/estimate/steer"] = np.ones(COUNT)
+    columns["covariance/within/mean"] = columns["entropy/change/estimate/steer"] = np.ones(COUNT)
     found = read(tmp_path / "run", columns)
     (exact,) = found.agreements
     assert exact.steps == COUNT - 2

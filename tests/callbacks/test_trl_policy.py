@@ -164,7 +164,7 @@ def test_covariances_equal_a_float64_reference_on_the_same_batch(tmp_path: Path,
             "covariance/total/mean": torch.stack([lp, advantage]).cov(correction=0)[0, 1],
             "covariance/policy_gradient/mean": (own * advantage).mean(),
             "discriminator/expected/mean": expected.mean(),
-            "entropy/estimate/discriminator": -(advantage * (own - expected)).mean(),
+            "entropy/change/estimate/discriminator": -(advantage * (own - expected)).mean(),
         }.items():
             # The trainer's forward was in float32.
             assert series(run, name)[step] == pytest.approx(float(value), rel=2e-3, abs=2e-6), name

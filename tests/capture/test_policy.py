@@ -130,11 +130,11 @@ def test_a_factor_of_the_loss_weighs_the_pull(tmp_path: Path) -> None:
     picked = discriminator.gather(2, batch["token_ids"][..., None])[..., 0]
     change = -(picked - (p * discriminator).sum(-1)) * batch["advantage"][:, None] * weight
     expected = change[batch["mask"]].mean().item()
-    assert found["entropy/estimate/discriminator"] == pytest.approx(expected, rel=1e-4)
+    assert found["entropy/change/estimate/discriminator"] == pytest.approx(expected, rel=1e-4)
     unknown = values(run_with(tmp_path / "unknown", {**batch, "is_pull_known": False}))
     assert "covariance/within/mean" in unknown
     assert "discriminator/excess/mean" in unknown
-    assert not {"entropy/estimate/discriminator", "entropy/estimate/steer"} & unknown.keys()
+    assert not {"entropy/change/estimate/discriminator", "entropy/change/estimate/steer"} & unknown.keys()
 
 
 def test_ratios_of_sequences_take_all_tokens_however_few_rows_are_asked_for(

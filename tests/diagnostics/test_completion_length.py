@@ -45,6 +45,14 @@ def test_lengths_equal_numpy() -> None:
     assert set(found) == {*(f"completion/length/{name}" for name in expected), "completion/tokens"}
 
 
+def test_the_extremes_are_asked_for_by_name_and_are_those_of_all_ranks() -> None:
+    for name, which in (("min", "shortest"), ("max", "longest")):
+        metric = CompletionLength.metrics[f"completion/length/{name}"]
+        assert metric.question == f"How long is the {which} completion?"
+        assert metric.ranks == name
+    assert CompletionLength.metrics["completion/length/p95"].question.startswith("Below which")
+
+
 def test_where_the_padding_stands_does_not_matter() -> None:
     mask = mask_of(3, 0, 5)
     assert completion_lengths(mask).tolist() == [3.0, 0.0, 5.0]

@@ -30,17 +30,23 @@ def test_group_means_and_shares_equal_a_sorted_float64_list() -> None:
     scores = sorted(((lp - lp.mean()) * (a - a.mean())).tolist(), reverse=True)
     sizes = sorted((abs(score) for score in scores), reverse=True)
     found = measured(example)
-    for name, count in (("0_02", 1), ("0_2", 10), ("2", 100), ("20", 1000)):
-        mean, weight = found[f"covariance/top/{name}/mean"]
+    for name, count in zip(SHARES, (1, 10, 100, 1000), strict=True):
+        mean, weight = found[f"covariance/{name}/mean"]
         assert mean == pytest.approx(sum(scores[:count]) / count, rel=1e-5)
         share, _ = found[f"covariance/concentration/{name}/share"]
         assert share == pytest.approx(sum(sizes[:count]) / sum(sizes), rel=1e-5)
         assert weight == n
 
 
+def test_the_names_say_the_per_cent() -> None:
+    for name, share in SHARES.items():
+        spelled = name.removeprefix("top_").removesuffix("_percent").replace("_", ".")
+        assert share == pytest.approx(float(spelled) / 100)
+
+
 def test_a_share_of_less_than_one_row_is_absent() -> None:
     weights = {name: weight for name, (_, weight) in measured(policy()).items()}
-    assert [weights[f"covariance/top/{name}/mean"] for name in SHARES] == [0.0, 0.0, 320.0, 320.0]
+    assert [weights[f"covariance/{name}/mean"] for name in SHARES] == [0.0, 0.0, 320.0, 320.0]
     of = [weights[f"covariance/concentration/{name}/share"] for name in SHARES]
     assert of == [0.0, 0.0, 320.0, 320.0]
 
@@ -49,18 +55,21 @@ def test_rows_that_stand_for_many_tokens_do_not_make_a_share_measurable() -> Non
     example = policy()
     heavy = replace(example, tokens=replace(example.tokens, weight=torch.full((320,), 100.0)))
     found = measured(heavy)
-    assert found["covariance/top/0_2/mean"][1] == 0.0
-    assert found["covariance/top/2/mean"] == (measured(example)["covariance/top/2/mean"][0], 32000)
+    assert found["covariance/top_0_2_percent/mean"][1] == 0.0
+    assert found["covariance/top_2_percent/mean"] == (
+        measured(example)["covariance/top_2_percent/mean"][0],
+        32000,
+    )
 
 
 def test_the_exact_fewest_rows_of_each_share_are_enough() -> None:
-    for share, name in ((0.0002, "0_02"), (0.002, "0_2"), (0.02, "2"), (0.2, "20")):
+    for name, share in SHARES.items():
         rows = round(1 / share)
         example = policy(rows=rows // 5 + 1, columns=5)
         for present, expected in ((rows, float(rows)), (rows - 1, 0.0)):
             weight = (torch.arange(len(example.advantage)) < present).float()
             found = measured(replace(example, tokens=replace(example.tokens, weight=weight)))
-            assert found[f"covariance/top/{name}/mean"][1] == expected
+            assert found[f"covariance/{name}/mean"][1] == expected
 
 
 def test_a_weight_counts_like_that_many_tokens_and_the_last_row_in_part() -> None:
@@ -114,7 +123,9 @@ def test_rows_that_are_not_scored_do_not_leak() -> None:
     scores = ((lp - lp.mean()) * (a - a.mean())).sort(descending=True).values
     budget = 0.2 * len(scores)
     top = scores[: int(budget)].sum() + (budget - int(budget)) * scores[int(budget)]
-    assert measured(spoilt)["covariance/top/20/mean"][0] == pytest.approx(float(top / budget))
+    assert measured(spoilt)["covariance/top_20_percent/mean"][0] == pytest.approx(
+        float(top / budget)
+    )
 
 
 def test_a_score_that_is_not_a_number_shows() -> None:
@@ -131,15 +142,15 @@ def test_an_infinite_score_shows_only_where_it_is_among_the_largest() -> None:
 def test_no_concentration_where_nothing_varies_and_nothing_at_all_without_tokens() -> None:
     example = policy()
     same = measured(replace(example, advantage=torch.full((320,), 0.3)))
-    assert same["covariance/top/20/mean"] == (0.0, 320.0)
-    assert same["covariance/concentration/20/share"][1] == 0.0
+    assert same["covariance/top_20_percent/mean"] == (0.0, 320.0)
+    assert same["covariance/concentration/top_20_percent/share"][1] == 0.0
     weight = torch.ones(320)
     advantage = torch.full((320,), 0.3)
     weight[7], advantage[7] = 0.0, torch.nan
     masked = replace(example.tokens, weight=weight)
     found = measured(replace(example, tokens=masked, advantage=advantage))
-    assert found["covariance/top/20/mean"] == (0.0, 319.0)
-    assert found["covariance/concentration/20/share"][1] == 0.0
+    assert found["covariance/top_20_percent/mean"] == (0.0, 319.0)
+    assert found["covariance/concentration/top_20_percent/share"][1] == 0.0
     empty = replace(example, tokens=replace(example.tokens, weight=torch.zeros(320)))
     assert {weight for _, weight in measured(empty).values()} == {0.0}
     assert top_means(torch.ones(0), torch.ones(0), (0.5,)).isnan().all()

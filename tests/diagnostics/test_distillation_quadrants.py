@@ -38,7 +38,8 @@ def reading(
     weight: torch.Tensor | None = None,
 ) -> PolicyReading:
     found = policy(rows=1, columns=len(entropy))
-    tokens = replace(found.tokens, entropy=entropy, distribution_weight=weight)
+    weight = found.tokens.weight if weight is None else weight
+    tokens = replace(found.tokens, entropy=entropy, weight=weight, present=weight > 0)
     return replace(found, tokens=tokens, reverse_kl=reverse, forward_kl=forward)
 
 
@@ -224,6 +225,14 @@ def test_a_row_counts_like_the_tokens_it_stands_for_and_unknown_rows_not_at_all(
             assert weighted[name] == pytest.approx(repeated[name], abs=1e-6), name
     without = torch.tensor([2.0, 9.0, 1.0, 3.0])
     assert measured(reading(entropy, reverse, forward, without)) == pytest.approx(weighted)
+    for unknown in ([0], [1, 2]):
+        columns = [
+            column.masked_fill(column.isnan(), 0.5) for column in (entropy, reverse, forward)
+        ]
+        for at in unknown:
+            columns[at][1] = torch.nan
+        one, two, three = columns
+        assert measured(reading(one, two, three, without)) == pytest.approx(weighted), unknown
 
 
 def test_a_student_that_is_its_teacher_has_no_loss_to_share() -> None:
@@ -233,6 +242,28 @@ def test_a_student_that_is_its_teacher_has_no_loss_to_share() -> None:
     assert found["distillation/quadrant/q1/share"] == 0
     assert found["distillation/quadrant/q3/share"] == 0
     assert "distillation/overconfident/mean" not in found
+
+
+def test_an_infinite_loss_is_not_shared_out() -> None:
+    entropy, reverse, forward = columns(7)
+    reverse[3] = torch.inf
+    found = measured(reading(entropy, reverse, forward))
+    assert not [name for name in found if name.endswith("kl_share")]
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_divergences_that_the_loss_hands_over_need_no_distribution_of_ours() -> None:
+    """A fused head shows log-probabilities and entropies, and no row whole."""
+    entropy, reverse, forward = columns(9)
+    whole = reading(entropy, reverse, forward)
+    unseen = replace(
+        whole.tokens,
+        distribution_weight=torch.zeros_like(entropy),
+        expected_discriminator=None,
+        varentropy=None,
+    )
+    assert measured(replace(whole, tokens=unseen)) == measured(whole)
+    assert len(measured(whole)) == 10
 
 
 def test_nothing_is_written_without_a_teacher_or_without_a_token() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from readings import policy
 
+from entropylens.diagnostics._cells import CELLS
 from entropylens.diagnostics._policy import pull
 from entropylens.diagnostics.entropy_discriminator import (
-    CELLS,
     EntropyDiscriminator,
     discriminator,
     entropy_change_term,
@@ -169,7 +169,7 @@ def test_metrics_equal_a_float64_loop_over_the_tokens_that_count() -> None:
         "discriminator/excess/mean": (mean, total),
         "discriminator/excess/std": (deviation, total),
         "discriminator/expected/mean": (np.average(expected, weights=mass), total),
-        "entropy/estimate/discriminator": (np.average(change, weights=mass), total),
+        "entropy/change/estimate/discriminator": (np.average(change, weights=mass), total),
     }
     for cell, (share, effect) in cells.items():
         assert share > 0
@@ -184,7 +184,9 @@ def test_metrics_equal_a_float64_loop_over_the_tokens_that_count() -> None:
 def test_the_four_cells_add_up_to_the_estimate_and_to_all_tokens() -> None:
     found = measured(policy())
     changes = [found[f"discriminator/cell/{cell}/change"][0] for cell in CELLS]
-    assert sum(changes) == pytest.approx(found["entropy/estimate/discriminator"][0], abs=1e-6)
+    assert sum(changes) == pytest.approx(
+        found["entropy/change/estimate/discriminator"][0], abs=1e-6
+    )
     assert sum(found[f"discriminator/cell/{cell}/share"][0] for cell in CELLS) == pytest.approx(1)
     for (_, effect), change in zip(CELLS.values(), changes, strict=True):
         assert (change > 0) == (effect == "raises")
@@ -219,7 +221,7 @@ def test_on_its_own_draws_the_mean_excess_is_nothing_and_so_is_the_forecast() ->
     )
     error = found["discriminator/excess/std"][0] / 200
     assert abs(found["discriminator/excess/mean"][0]) < 4 * error
-    forecast = found["entropy/estimate/discriminator"][0]
+    forecast = found["entropy/change/estimate/discriminator"][0]
     assert forecast == pytest.approx(-found["discriminator/excess/mean"][0], abs=1e-6)
 
 
@@ -242,7 +244,7 @@ def test_a_clipped_token_counts_in_its_cell_and_changes_nothing() -> None:
     assert not pull(far).any()
     found = measured(far)
     plain = measured(example)
-    assert found["entropy/estimate/discriminator"][0] == 0.0
+    assert found["entropy/change/estimate/discriminator"][0] == 0.0
     for cell in CELLS:
         name = f"discriminator/cell/{cell}/share"
         assert found[name] == plain[name]

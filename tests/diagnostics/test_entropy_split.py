@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,16 @@ def test_a_completion_without_an_answer_is_penalised_for_all_its_entropy() -> No
     )
     assert found["phase/penalty"] == pytest.approx(((0.5 + 1.5 + 0 + 0.5) / 4, 4))
     assert found["phase/answer/missing/share"] == (0.5, 4.0)
+
+
+def test_the_penalty_is_that_of_right_answers_where_they_are_known() -> None:
+    given = thinking(["tDa"] * 4, [[1.0, 0, 0.5], [3.0, 0, 0.5], [2.0, 0, 0.0], [9.0, 0, 0.0]])
+    known = replace(given, correct=torch.tensor([1.0, 0.0, 1.0, torch.nan]))
+    assert measured(known)["phase/penalty"] == (1.25, 2.0)
+    assert measured(known)["phase/answer/missing/share"] == (0.0, 4.0)
+    wrong = replace(given, correct=torch.zeros(4))
+    assert measured(wrong)["phase/penalty"][1] == 0
+    assert measured(given)["phase/penalty"] == pytest.approx(((0.5 + 2.5 + 2 + 9) / 4, 4))
 
 
 def test_completions_that_do_not_think_are_not_counted() -> None:

@@ -61,7 +61,7 @@ def test_their_means_are_what_the_diagnostics_write() -> None:
             found.update(zip(block.columns["name"], block.columns["value"].tolist(), strict=True))
     for name in ("discriminator", "steer", "steer_released"):
         mean = ESTIMATORS[name](parts()).double().mean().item()
-        assert found[f"entropy/estimate/{name}"] == pytest.approx(mean, abs=1e-6)
+        assert found[f"entropy/change/estimate/{name}"] == pytest.approx(mean, abs=1e-6)
 
 
 def test_what_is_not_known_is_not_a_number_and_no_old_policy_is_this_one() -> None:

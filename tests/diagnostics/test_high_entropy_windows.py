@@ -180,6 +180,15 @@ def test_thresholds_weigh_sequences_not_tokens_and_equal_numpys_quantiles() -> N
         assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_windows_say_how_tokens_cluster_and_the_threshold_how_undecided_they_are() -> None:
+    entropy, present = random_grid(5)
+    found, collapsed = (measured(reading(e, present)) for e in (entropy, 0.01 * entropy))
+    assert found["high/share"][0] > 0
+    for name in ("high/share", "high/count/mean"):
+        assert collapsed[name] == found[name]
+    assert collapsed["threshold"][0] == pytest.approx(0.01 * found["threshold"][0])
+
+
 def test_equal_entropies_are_never_high() -> None:
     found = measured(reading(torch.full((2, 30), 0.3), torch.ones(2, 30, dtype=torch.bool)))
     assert found["high/count/mean"] == (0.0, 2.0)

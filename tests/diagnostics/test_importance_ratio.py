@@ -165,6 +165,14 @@ def test_what_is_said_by_token_does_not_depend_on_the_level_of_the_loss(level: s
     assert found_share == pytest.approx(share, rel=1e-5)
 
 
+def test_the_extremes_are_asked_for_by_name_and_are_those_of_all_ranks() -> None:
+    for name, which in (("min", "smallest"), ("max", "largest")):
+        metric = ImportanceRatio.metrics[f"ratio/{name}"]
+        assert metric.question == f"What is the {which} importance ratio?"
+        assert metric.ranks == name
+    assert ImportanceRatio.metrics["ratio/p95"].ranks == "mean"
+
+
 def test_the_effective_sample_size_of_equal_and_of_hopeless_weights() -> None:
     equal = effective_sample_size_share(torch.full((7,), 900.0), torch.ones(7))
     assert equal.item() == pytest.approx(1.0)

@@ -177,8 +177,29 @@ def test_what_the_other_side_holds_does_not_leak() -> None:
 def test_a_pair_that_cannot_be_compared_is_neither_right_nor_wrong() -> None:
     found = measured(scored([2.0, NAN, 0.0], [1.0, 0.0, 1.0]))
     assert found["preference/accuracy"] == (0.5, 2)
-    assert math.isnan(found["preference/margin/mean"][0])
-    assert "preference/accuracy" not in measured(scored([NAN, NAN], [1.0, 0.0]))
+    assert found["preference/margin/mean"] == (0.0, 2)
+    assert found["preference/margin/std"] == (1.0, 2)
+    assert found["preference/reward/chosen/mean"] == (1.0, 2)
+    assert found["preference/reward/rejected/mean"] == pytest.approx((2 / 3, 3))
+    assert found["preference/reward/std"] == pytest.approx((np.std([2, 0, 1, 0, 1]), 5))
+    lone = measured(scored([NAN, 3.0], [1.0, 0.0]))
+    assert "preference/margin/std" not in lone
+    assert lone["preference/margin/mean"] == (3.0, 1)
+    unknown = measured(scored([NAN, NAN], [1.0, 0.0]))
+    assert unknown.keys() == {"preference/reward/rejected/mean", "preference/reward/std"}
+
+
+def test_a_sequence_whose_numbers_are_not_known_is_left_out_of_each_mean() -> None:
+    whole = compared()
+    rows = torch.arange(14) % 7 != 2
+    columns = ("chosen", "logprob", "reference_logprob", "entropy", "tokens")
+    kept = PreferenceReading(paired=True, **{c: getattr(whole, c)[rows] for c in columns})
+    floats = ("logprob", "reference_logprob", "entropy")
+    spoilt: dict[str, Any] = {c: torch.where(rows, getattr(whole, c), torch.nan) for c in floats}
+    found, expected = measured(replace(whole, **spoilt)), measured(kept)
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        assert found[name] == pytest.approx(pair), name
 
 
 def test_the_order_of_pairs_and_one_level_for_all_rewards_change_no_margin() -> None:

@@ -129,6 +129,14 @@ def test_one_sample_never_says_less_than_zero(log_ratio: float) -> None:
     assert value == pytest.approx(np.expm1(given.item()) - given.item(), rel=1e-9, abs=0)
 
 
+def test_a_token_that_one_of_the_two_cannot_write_is_infinitely_far() -> None:
+    given = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert k3(given)[:2].tolist() == [torch.inf, torch.inf]
+    assert k3(given)[2].isnan()
+    found = measured(reading([-torch.inf, -1.0], [-2.0, -1.0], [1.0, 1.0]))
+    assert found["kl/max"] == found["kl/mean"] == torch.inf
+
+
 def test_a_policy_that_is_its_reference_is_at_zero() -> None:
     given = policy()
     found = measured(replace(given, reference_logprob=given.tokens.logprob.clone()))

@@ -79,6 +79,14 @@ def test_ngrams_that_differ_in_one_place_by_one_are_not_confused() -> None:
         assert found.item() == pytest.approx(share_of_set(rows[0].tolist(), 4), abs=1e-6)
 
 
+def test_a_quarter_of_a_million_different_ngrams_are_told_apart() -> None:
+    """24 bits would confuse some two thousand pairs of them, 32 bits some eight."""
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randint(0, 151_643, (1, 2**18), generator=generator)
+    share, _ = repeated_ngrams(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert share.item() == 0
+
+
 def test_a_loop_and_fresh_text_are_the_extremes() -> None:
     loop, fresh = torch.full((1, 104), 7), torch.arange(104)[None]
     mask = torch.ones(1, 104, dtype=torch.bool)

@@ -135,8 +135,8 @@ def test_metrics_equal_a_float64_loop_over_the_tokens_that_count() -> None:
     )
     total = weight.sum().item()
     assert measured(spoilt) == {
-        "entropy/estimate/steer": pytest.approx(theorem / total, rel=1e-5),
-        "entropy/estimate/steer_released": pytest.approx(released / total, rel=1e-5),
+        "entropy/change/estimate/steer": pytest.approx(theorem / total, rel=1e-5),
+        "entropy/change/estimate/steer_released": pytest.approx(released / total, rel=1e-5),
     }
 
 

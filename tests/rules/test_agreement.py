@@ -45,3 +45,17 @@ def test_one_value_that_is_no_number_is_told_once(theirs: float) -> None:
     agreement = Agreement()
     assert agreement.compare(1, 1.0, 0.5, 100, True, theirs) is not None
     assert agreement.compare(2, 1.0, 0.5, 100, True, theirs) is None
+
+
+@pytest.mark.parametrize(
+    "spoiled", [(1.0, 0.5, nan), (1.0, 0.5, inf), (nan, 0.5, 1.0), (1, nan, 2)]
+)
+def test_a_value_that_is_no_number_silences_nothing(spoiled: tuple[float, float, float]) -> None:
+    ours, std, theirs = spoiled
+    agreement = Agreement()
+    assert agreement.compare(1, ours, std, 100, False, theirs) is not None
+    assert agreement.compare(2, 1.0, 0.5, 100, True, 1.03) is not None
+    assert agreement.compare(3, ours, std, 100, False, theirs) is None
+    assert agreement.compare(4, 1.0, 0.5, 100, True, 1.04) is None
+    assert agreement.compare(5, 1.0, 0.5, 100, True, 5.0) is not None
+    assert agreement.steps == 5

@@ -28,14 +28,16 @@ def test_a_line_is_that_of_the_normal_equations() -> None:
     np.testing.assert_allclose(line.residuals, y - design @ [intercept, slope], atol=1e-9)
 
 
-def test_draws_are_refits_of_the_line_with_noise_drawn_in_blocks() -> None:
+@pytest.mark.parametrize("parameters", [2, 13])
+def test_draws_are_refits_of_the_line_with_noise_drawn_in_blocks(parameters: int) -> None:
     generator = np.random.default_rng(1)
     x = np.linspace(0, 1, 40)
     y = 1 + 2 * x + remembering(generator, 40, 0.6)
-    line = fit_line(x, y, block=5, repetitions=7, seed=3)
+    line = fit_line(x, y, block=5, repetitions=7, seed=3, parameters=parameters)
     rho = line.memory
+    assert rho == memory(line.residuals, parameters)
     innovations = line.residuals[1:] - rho * line.residuals[:-1]
-    innovations = (innovations - innovations.mean()) * np.sqrt(40 / 37)
+    innovations = (innovations - innovations.mean()) * np.sqrt(40 / (39 - parameters))
     starts = np.random.default_rng(3).integers(0, 35, (7, 8))
     for row, drawn in zip(starts, line.draws, strict=True):
         shocks = np.concatenate([innovations[s : s + 5] for s in row])
@@ -68,6 +70,14 @@ def test_the_memory_of_noise_is_found_without_the_bias_of_short_series() -> None
     found = [memory(fit_line(x, remembering(generator, 60, 0.7)).residuals) for _ in range(300)]
     assert np.mean(found) == pytest.approx(0.7, abs=0.03)
     assert memory(np.zeros(10)) == 0
+    waves = [np.cos(np.pi * j * np.arange(200) / 199) for j in range(10)]
+    basis, _ = np.linalg.qr(np.column_stack(waves))
+    for rho in (0.0, 0.6):
+        found = []
+        for _ in range(200):
+            noise = remembering(generator, 200, rho)
+            found.append(memory(noise - basis @ (basis.T @ noise), 10))
+        assert np.mean(found) == pytest.approx(rho, abs=0.03)
 
 
 def test_blocks_grow_with_memory_and_with_the_cube_root_of_the_length() -> None:

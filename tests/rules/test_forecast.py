@@ -130,6 +130,31 @@ def test_a_run_that_never_crosses_is_scored_as_such() -> None:
     assert score_forecasts(np.zeros(0), np.zeros(0), 0.1) == []
 
 
+def test_a_dip_before_the_forecast_is_not_the_crossing_after_it() -> None:
+    course = noisy(1 - STEP / 190, 7, 0.02)
+    course[20:40] = 0.05
+    (score,) = score_forecasts(STEP, course, 0.1, at=(0.5,))
+    assert score.forecast.made_at == 100
+    assert score.actual == pytest.approx(171, abs=6)
+    course[130:150] = 0.05  # a dip that comes after it is
+    (score,) = score_forecasts(STEP, course, 0.1, at=(0.5,))
+    assert score.actual == 131
+
+
+def test_noise_that_remembers_leaves_more_curves_possible_and_intervals_wide() -> None:
+    step, inside = np.arange(1, 301), []
+    for course in (np.exp(-step / 100), 1 - 0.155 * np.log(step)):
+        for seed in range(30):
+            noise = np.random.default_rng(seed).standard_normal(300)
+            for at in range(1, 300):
+                noise[at] = 0.9 * noise[at - 1] + np.sqrt(1 - 0.9**2) * noise[at]
+            values = course * np.exp(0.1 * noise)
+            scores = score_forecasts(step, values, 0.1, at=(0.3,), repetitions=100, seed=seed)
+            inside += [score.is_inside for score in scores if score.is_inside is not None]
+    assert len(inside) >= 50
+    assert np.mean(inside) >= 0.8  # 0.56 if each value counted as news
+
+
 def test_a_far_crossing_is_placed_between_the_steps_that_are_looked_at() -> None:
     found = forecast_crossing(STEP[:100], np.exp(-STEP[:100] / 60), np.exp(-10.0), horizon=1000)
     assert found.step == pytest.approx(600, abs=1)
