@@ -134,7 +134,10 @@ def test_a_factor_of_the_loss_weighs_the_pull(tmp_path: Path) -> None:
     unknown = values(run_with(tmp_path / "unknown", {**batch, "is_pull_known": False}))
     assert "covariance/within/mean" in unknown
     assert "discriminator/excess/mean" in unknown
-    assert not {"entropy/change/estimate/discriminator", "entropy/change/estimate/steer"} & unknown.keys()
+    assert (
+        not {"entropy/change/estimate/discriminator", "entropy/change/estimate/steer"}
+        & unknown.keys()
+    )
 
 
 def test_ratios_of_sequences_take_all_tokens_however_few_rows_are_asked_for(
