@@ -284,7 +284,7 @@ def test_long_sequences_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lens_over(folder: Path, model: Any, steps: int, hinder: Any = None) -> el.Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    settings = {"preset": "full", "max_overhead": None}
+    settings: dict[str, Any] = {"preset": "full", "max_overhead": None}
     with el.Lens(model, optimizer, run_dir=folder / "run", **settings) as lens:
         for number in range(steps):
             ids = batch()
