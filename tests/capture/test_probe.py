@@ -185,10 +185,12 @@ def test_weights_that_are_not_the_model_s_are_refused_and_not_taken_for_no_chang
     model = tiny.llama()
     ids = batch()
     before, after = step(model, ids, 0.1)
-    masters = [{f"parameter_{i}": p for i, p in enumerate(w.values())} for w in (before, after)]
+    old, new = (
+        {f"parameter_{i}": p for i, p in enumerate(weights.values())} for weights in (before, after)
+    )
     probe = kept(model, ids)
     with pytest.raises(ValueError, match="expected the optimiser to hold the model's own param"):
-        probe.reading(*masters, 1.0)
+        probe.reading(old, new, 1.0)
 
 
 def test_neither_modes_nor_random_numbers_nor_weights_change() -> None:
