@@ -7,32 +7,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainerCallback
+from trl_runs import series, trained
 from untouched import tiny
 from untouched.in_transformers import dpo, kto, reward
 
 import entropylens as el
 from entropylens_callbacks.preferences import PreferenceWatch
-from entropylens_callbacks.transformers import attach
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 3
-
-
-def trained(trainer: Any, folder: Path, **options: Any) -> el.Run:
-    settings = {"preset": "full", "max_overhead": None, **options}
-    attach(trainer, folder / "run", **settings)
-    trainer.train()
-    run = el.open_run(folder / "run")
-    assert run.status()[0].faults == {}
-    return run
-
-
-def series(run: el.Run, name: str) -> dict[int, float]:
-    rows = [r for r in run.metrics(name).to_arrow().to_pylist() if r["phase"] == "train"]
-    found = {row["step"]: row["value"] for row in rows}
-    assert len(found) == len(rows), "one row a step"
-    return found
 
 
 def weights(run: el.Run, name: str) -> list[float]:

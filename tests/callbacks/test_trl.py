@@ -5,32 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from trl_runs import logged, series, trained
 from untouched import tiny
 from untouched.in_transformers import dpo, sft
 from untouched.trainings import STEPS
 
 import entropylens as el
-from entropylens_callbacks.transformers import EntropyLensCallback, attach
+from entropylens_callbacks.transformers import EntropyLensCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def trained(trainer: Any, folder: Path, **options: Any) -> el.Run:
-    settings = {"preset": "full", "max_overhead": None, **options}
-    attach(trainer, folder / "run", **settings)
-    trainer.train()
-    run = el.open_run(folder / "run")
-    assert run.status()[0].faults == {}
-    return run
-
-
-def series(run: el.Run, name: str) -> dict[int, float]:
-    table = run.metrics(name).to_arrow()
-    return dict(zip(table["step"].to_pylist(), table["value"].to_pylist(), strict=True))
-
-
-def logged(trainer: Any, name: str) -> dict[int, float]:
-    return {e["step"]: e[name] for e in trainer.state.log_history if name in e}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all parameters", "lora"])

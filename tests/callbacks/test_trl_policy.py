@@ -7,34 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trl_runs import logged, series, trained
 from untouched import tiny
 from untouched.in_transformers import brief, grpo, kto, right, rloo
 
-import entropylens as el
 from entropylens_callbacks.transformers import attach
 from entropylens_callbacks.trl import RolloutOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 4
-
-
-def trained(trainer: Any, folder: Path, **options: Any) -> el.Run:
-    settings = {"preset": "full", "max_overhead": None, **options}
-    attach(trainer, folder / "run", **settings)
-    trainer.train()
-    run = el.open_run(folder / "run")
-    assert run.status()[0].faults == {}
-    return run
-
-
-def series(run: el.Run, name: str, module: str = "") -> dict[int, float]:
-    rows = run.metrics(name).to_arrow().to_pylist()
-    return {row["step"]: row["value"] for row in rows if row["module"] == module}
-
-
-def logged(trainer: Any, name: str) -> dict[int, float]:
-    return {e["step"]: e[name] for e in trainer.state.log_history if e.get(name) is not None}
 
 
 def kept_inputs(trainer: Any) -> list[Mapping[str, Any]]:
