@@ -143,6 +143,7 @@ def _train(
     with TemporaryDirectory() as scratch:
         trainer = make_trainer(scratch, settings["seed"], recipe, base, size)
         config = {**trainer.args.to_sanitized_dict(), "grpo_countdown": settings}
+        del config["output_dir"]
         attach(
             trainer,
             out,
