@@ -101,7 +101,8 @@ class Followers:
         elif phase != "train":
             return
         elif name == _THEIRS:
-            self._theirs[step] = value
+            if self.checks_framework_entropy:
+                self._theirs[step] = value
         else:
             if name == _ENTROPY:
                 self._entropy.add(step, value)

@@ -171,9 +171,9 @@ class Lens:
             for module in ([model] if model is not None else []) if reads is None else reads:
                 self.watch.tap(module)
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
+            self.watch.tap_optimizers(optimizers, names)
             if model is not None and any(known[n].reads == "probe" for n in schedules):
                 self.watch.probe(model)
-            self.watch.tap_optimizers(optimizers, names)
             undo.pop_all()
         self._unlooked = 0
         """Coming steps in which nothing is due and that need no look at the clock."""
@@ -243,6 +243,7 @@ class Lens:
         logits: Tensor | None = None,
         token_ids: Tensor | None = None,
         mask: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
         loss: Tensor | None = None,
         sample_id: Sequence[Any] | Tensor | None = None,
         **known: Any,
@@ -259,6 +260,8 @@ class Lens:
             logits: ``[B, C, V]`` before the temperature.
             token_ids: ``[B, C]`` what was sampled.
             mask: ``[B, C]``, true where the loss counts a token.
+            inputs: The model's arguments of this forward by name (``input_ids`` ``[B, L]`` and the
+                rest), whose last C tokens those are: needed for ``entropy/change/*`` alone.
             loss: ``[]``, this micro-batch's loss, as in `observe`.
             sample_id: One identifier for each sequence.
             **known: What else is known, by the names of
@@ -277,7 +280,8 @@ class Lens:
 
         def show() -> None:
             source = shown_tokens(logprob, entropy, logits, token_ids, mask)
-            self.watch.observe_policy(source, PolicyBatch(advantage=advantage, **known), sample_id)
+            policy = PolicyBatch(advantage=advantage, **known)
+            self.watch.observe_policy(source, policy, sample_id, inputs)
 
         self._session.aside("observe_policy", show, raises=True)
         if loss is not None:

@@ -42,13 +42,20 @@ class Updates:
         self._probe: UpdateProbe | None = None
         self._waits_until = 0
 
-    def ask(self, model: nn.Module, number: int) -> bool:
+    def ask(self, model: nn.Module, optimizers: int, number: int) -> bool:
         """Ask this model, from step ``number`` on, if it is one that can be asked.
+
+        Args:
+            model: As the trainer holds it.
+            optimizers: How many train it: of several updates none is the step's.
+            number: Of the step in progress.
 
         Returns:
             Whether it is.
         """
         obstacle = probe_obstacle(model)
+        if obstacle is None and optimizers != 1:
+            obstacle = f"{optimizers} optimisers train it" if optimizers else ""
         if obstacle is None:
             self._probe = UpdateProbe(model)
         elif obstacle:
@@ -76,8 +83,19 @@ class Updates:
     ) -> None:
         """Keep states of a training forward, the first of a step in which that is due."""
         is_due = "probe" in self._session.due and number >= self._waits_until
-        if is_due and inputs and self._probe is not None and not self.has_states:
-            self._probe.keep(inputs, source, policy, sample_ids, generator)
+        if not is_due or self._probe is None or self.has_states:
+            return
+        if not inputs:
+            self._give_up("its inputs are not shown (inputs= of observe_policy)", number)
+        elif not self._probe.keep(inputs, source, policy, sample_ids, generator):
+            names = ", ".join(inputs)
+            self._give_up(f"a few sequences cannot be cut out of its inputs ({names})", number)
+
+    def _give_up(self, reason: str, number: int) -> None:
+        """Say once why nothing is told of updates, and have nothing kept for them any more."""
+        self._probe = None
+        event = self._session.writer.event
+        event("capture", _CANNOT.format(reason), step=number)
 
     def take(self, number: int, update: UpdateReading) -> None:
         """Ask what an update did at the states that were kept; there must be some."""
@@ -86,10 +104,8 @@ class Updates:
         try:
             found = probe.reading(update.before, update.after, self._temperature)
         except Exception as error:
-            self._probe = None
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            message = _CANNOT.format(reason)
-            self._session.writer.event("capture", message, step=number, severity="warning")
+            said = " ".join(str(error).split())[:300]
+            self._give_up(f"{type(error).__name__}: {said}", number)
             return
         self._session.measure("probe", lambda: found)
         limit = self._session.budget.max_overhead

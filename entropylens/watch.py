@@ -108,7 +108,7 @@ class Watch:
 
     def probe(self, model: nn.Module) -> None:
         """Ask a model what updates do to its distributions, if it is one that can be asked."""
-        if self._updates.ask(model, self._number):
+        if self._updates.ask(model, len(self._optimizers), self._number):
             self.expect("probe")
 
     def expect(self, *reads: str) -> None:
@@ -148,17 +148,13 @@ class Watch:
     def take(self, reads: str, reading: Any) -> None:
         """Measure a reading of the step in progress."""
         self._session.measure(reads, lambda: reading)
-        if isinstance(reading, UpdateReading) and self._asks_of_updates:
+        if isinstance(reading, UpdateReading) and self._updates.has_states:
             self._updates.take(self._number, reading)
 
     @property
     def wants_update(self) -> bool:
         """Whether parameters are to be kept from before the step in progress."""
-        return "update" in self.due or self._asks_of_updates
-
-    @property
-    def _asks_of_updates(self) -> bool:
-        return self._updates.has_states and len(self._optimizers) == 1
+        return "update" in self.due or self._updates.has_states
 
     def take_rollout(self, reading: RolloutReading) -> None:
         """Take completions generated for the step in progress; they are measured when it ends."""
@@ -262,14 +258,18 @@ class Watch:
         self._take_tokens(LogitTokens.of(logits.detach(), targets.detach(), mask), sample_id)
 
     def observe_policy(
-        self, source: TokenSource, policy: PolicyBatch, sample_id: Sequence[Any] | Tensor | None
+        self,
+        source: TokenSource,
+        policy: PolicyBatch,
+        sample_id: Sequence[Any] | Tensor | None,
+        inputs: Mapping[str, Any] | None,
     ) -> None:
         """Take one micro-batch of a policy shown by hand, instead of what the model shows."""
         if not self._is_shown:
             self._is_shown = True
             self._open.drop_tokens()
         policy.check(source.grid.shape)
-        self._take_tokens(source, sample_id, policy)
+        self._take_tokens(source, sample_id, policy, inputs)
 
     def _show_loss(self, loss: Tensor, is_sum: bool, optimizer: str) -> None:
         if self.reads_loss:

@@ -23,8 +23,10 @@ every_diagnostic = pytest.mark.parametrize(
 
 
 def measured(found: Diagnostic, device: str) -> list[Block]:
-    blocks, _ = found.measure(READINGS[found.reads](device), found.initial_state())
-    return blocks
+    """Of two steps: some compare a step with the one before."""
+    first, state = found.measure(READINGS[found.reads](device), found.initial_state())
+    second, _ = found.measure(READINGS[found.reads](device), state)
+    return first + second
 
 
 def tensors(blocks: list[Block]) -> list[torch.Tensor]:

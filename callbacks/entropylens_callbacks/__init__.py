@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from entropylens.schedule import check_preset
 
-__all__ = ["HEADLINES", "lightning_callbacks", "loggable"]
+__all__ = ["HEADLINES", "lightning_callbacks", "loggable", "with_tokens_at_each_step"]
 
 HEADLINES: Final = (
     "entropy/token/mean",
@@ -65,3 +65,17 @@ def is_number(value: Any) -> bool:
     """Whether a value of a trainer's log is a number, on the host or on a device."""
     is_scalar = isinstance(value, int | float) and not isinstance(value, bool)
     return is_scalar or getattr(value, "numel", lambda: 0)() == 1
+
+
+def with_tokens_at_each_step(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a Lens that measures entropies as often as it measures a policy.
+
+    A step of reinforcement learning holds a generation and a few seconds of training at the least:
+    the statistics of its tokens, which trainers compute anyway, are cheap beside it.
+
+    Args:
+        options: Arguments as the user gave them, which come first.
+    """
+    every = {"fast": 10, "balanced": 1}.get(options.get("preset", "balanced"), 1)
+    tokens = dict.fromkeys(("token_entropy", "surprisal"), every)
+    return {**options, "diagnostics": {**tokens, **(options.get("diagnostics") or {})}}

@@ -12,8 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import integration_utils
 
 import entropylens as el
-from entropylens.capture.policy import PolicyBatch
-from entropylens_callbacks import HEADLINES, is_number, loggable
+from entropylens_callbacks import HEADLINES, is_number, loggable, with_tokens_at_each_step
 from entropylens_callbacks.preferences import PreferenceWatch
 from entropylens_callbacks.samples import (
     check_names,
@@ -21,7 +20,7 @@ from entropylens_callbacks.samples import (
     take_names,
     without_names,
 )
-from entropylens_callbacks.trl import PolicyWatch, RolloutOptions, with_tokens_at_each_step
+from entropylens_callbacks.trl import PolicyWatch, RolloutOptions
 
 __all__ = ["EntropyLensCallback", "attach"]
 
@@ -160,18 +159,17 @@ class EntropyLensCallback(TrainerCallback):  # type: ignore[misc]
             self.lens.event("capture", self._policy.complaint, severity="warning")
         if self._policy is not None:
             self.lens.watch.expect("policy", "sampled", "rollout")
-            self._policy.begin()
+            self.lens.aside("policy", self._policy.begin)
         if self._preferences is not None:
             self.lens.watch.expect("preference")
             self._preferences.open(self.lens, _called(self.trainer, kwargs["model"]))
 
-    def policy_batch(self, inputs: Any) -> PolicyBatch | None:
-        """What a policy is about to learn from; None for any other trainer."""
-        known = self._policy is not None and isinstance(inputs, Mapping)
-        return self._policy.batch(inputs) if known and self._policy is not None else None
-
     def begin_loss(self, inputs: Any) -> None:
-        """Look at the forwards of a loss that compares sequences."""
+        """Tell what the trainer knows of the coming forwards beyond what they show."""
+        assert self.lens is not None
+        if self._policy is not None and isinstance(inputs, Mapping):
+            self.lens.watch.next_policy = self._policy.batch(inputs)
+            self.lens.watch.next_sample_ids = self._policy.names(inputs)
         if self._preferences is not None:
             self._preferences.begin(inputs)
 
@@ -310,12 +308,9 @@ def _watched_loss(compute_loss: Callable[..., Any], callback: EntropyLensCallbac
         lens.watch.next_sample_ids = names
         # Label smoothing and a loss function of the user's own keep the labels from the model.
         lens.watch.next_labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-        lens.aside(
-            "policy", lambda: setattr(lens.watch, "next_policy", callback.policy_batch(inputs))
-        )
-        lens.aside("preferences", lambda: callback.begin_loss(inputs))
+        lens.aside("loss", lambda: callback.begin_loss(inputs))
         result = compute_loss(model, inputs, *args, **kwargs)
-        lens.aside("preferences", callback.end_loss)
+        lens.aside("loss", callback.end_loss)
         lens.watch.next_sample_ids = lens.watch.next_labels = lens.watch.next_policy = None
         loss = result[0] if isinstance(result, tuple) else result
         has_items = kwargs.get("num_items_in_batch") is not None

@@ -17,16 +17,18 @@ from entropylens.registry import RolloutReading
 if TYPE_CHECKING:
     from entropylens_callbacks.transformers import EntropyLensCallback
 
-__all__ = ["PolicyWatch", "RolloutOptions", "with_tokens_at_each_step"]
+__all__ = ["PolicyWatch", "RolloutOptions"]
 
 _TRAINERS: Final = frozenset(("GRPOTrainer", "RLOOTrainer"))
 _GENERATES: Final = "_generate_and_score_completions"
 _SCORES: Final = "_get_per_token_logps_and_entropies"
+_REWARDS: Final = "_calculate_rewards"
 _ROW: Final = "entropylens_row"
 _CLIPPED_LOSSES: Final = frozenset(("grpo", "bnpo", "dr_grpo", "dapo", "luspo"))
 _TESTED: Final = "1.16"
 _THINKING_END: Final = "</think>"
 _TEXT_ROW: Final = "entropylens_text_row"
+_LONGEST_NAME: Final = 80
 _CHANGES_WHAT_IS_DRAWN: Final = (
     "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id",
     "forced_eos_token_id", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "typical_p",
@@ -58,20 +60,6 @@ class RolloutOptions:
     record_text: bool = False
 
 
-def with_tokens_at_each_step(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a Lens that measures entropies as often as it measures a policy.
-
-    A step of reinforcement learning holds a generation and a few seconds of training at the least:
-    the statistics of its tokens, which TRL computes anyway, are cheap beside it.
-
-    Args:
-        options: Arguments as the user gave them, which come first.
-    """
-    every = {"fast": 10, "balanced": 1}.get(options.get("preset", "balanced"), 1)
-    tokens = dict.fromkeys(("token_entropy", "surprisal"), every)
-    return {**options, "diagnostics": {**tokens, **(options.get("diagnostics") or {})}}
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Rollout:
     """This rank's completions of the last generation, in the order they were generated in."""
@@ -87,9 +75,10 @@ class _Rollout:
 class PolicyWatch:
     """Reads one GRPO or RLOO trainer: its rollouts while groups stand together, and its batches.
 
-    TRL shuffles completions after scoring them. A column with the row's number is therefore put
-    beside the trainer's own before it shuffles, and every micro-batch tells by it which rollouts it
-    holds; the loss reads only columns that it knows. Nothing else of the trainer is changed.
+    TRL shuffles completions after scoring them. Two columns with the row's number, one on the
+    device and one on the host, are therefore put beside the trainer's own before it shuffles, and
+    every micro-batch tells by them which rollouts it holds; the loss reads only columns that it
+    knows. Rewards, and RLOO's log-probabilities, are noted as the trainer computes them.
 
     Args:
         trainer: One that `suits`.
@@ -100,10 +89,13 @@ class PolicyWatch:
         self._trainer, self._options = trainer, options
         self._rollout: _Rollout | None = None
         self._scored: list[Any] | None = None
+        self._rewards: Tensor | None = None
+        """``[completions of all ranks, functions]`` of the generation in progress."""
         self._groups = 0
+        self._names: list[str] = []
         self._draws_whole = False
         self._is_rloo = any(parent.__name__ == "RLOOTrainer" for parent in type(trainer).__mro__)
-        needed = (_GENERATES, _SCORES, "_logs")
+        needed = (_GENERATES, _SCORES, _REWARDS, "_logs")
         self.missing = [name for name in needed if not hasattr(trainer, name)]
         """Private names that this version of TRL lacks: without them rollouts are unseen."""
         tokenizer: Any = getattr(trainer, "_tokenizer", getattr(trainer, "processing_class", None))
@@ -124,10 +116,11 @@ class PolicyWatch:
     @property
     def complaint(self) -> str:
         """What to say about `missing`."""
+        left = "entropies" if self._is_rloo else "what the loss is shown"
         return (
             f"attach: expected {type(self._trainer).__name__} to have {', '.join(self.missing)}, "
             f"as TRL {_TESTED} has it; this version does not, so rewards, groups and text are not "
-            f"recorded, only what the loss is shown; install trl=={_TESTED}.* or report it"
+            f"recorded, only {left}; install trl=={_TESTED}.* or report it"
         )
 
     def join(self, callback: EntropyLensCallback) -> None:
@@ -152,6 +145,7 @@ class PolicyWatch:
             return output
 
         setattr(trainer, _GENERATES, watched)
+        setattr(trainer, _REWARDS, self._noting_rewards(getattr(trainer, _REWARDS)))
         if self._is_rloo:
             setattr(trainer, _SCORES, self._noting(getattr(trainer, _SCORES)))
 
@@ -171,6 +165,16 @@ class PolicyWatch:
 
         return noting
 
+    def _noting_rewards(self, calculate: Any) -> Any:
+        """Have rewards noted by function: logs have them by name, which two may share."""
+
+        @functools.wraps(calculate)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            self._rewards = calculate(*args, **kwargs)
+            return self._rewards
+
+        return noting
+
     # -- a generation ------------------------------------------------------------------------
 
     def _take(self, lens: Any, output: Any, scored: Sequence[Any], seconds: float) -> None:
@@ -179,9 +183,11 @@ class PolicyWatch:
         ids = output["completion_ids"]
         rows, device = ids.shape[0], ids.device
         index, size = trainer.accelerator.process_index, trainer.num_generations
-        logs, names = trainer._logs, trainer.reward_func_names
-        table = torch.tensor([[*logs["rewards"][name]] for name in names])
-        weights = torch.tensor(trainer.reward_weights.tolist())[:, None]
+        logs, names = trainer._logs, _apart(trainer.reward_func_names)
+        rewards, self._rewards = self._rewards, None
+        assert rewards is not None
+        table = rewards.detach().float().T.to("cpu")
+        weights = trainer.reward_weights.to("cpu")[:, None]
         total = (table * weights).nansum(0).masked_fill(table.isnan().all(0), torch.nan)
         judged = total if len(names) == 1 else torch.full_like(total, torch.nan)
         if options.correct_by is not None:
@@ -204,6 +210,10 @@ class PolicyWatch:
         )
         output[_ROW] = torch.arange(rows, device=device)
         output[_TEXT_ROW] = [*range(rows)]
+        self._names = [
+            self._name(number, prompt)
+            for number, prompt in zip(group[own].tolist(), prompts[own], strict=True)
+        ]
         whole = rows % size == 0
         kept = own if whole else slice(None)
         told: dict[str, Any] = {}
@@ -221,6 +231,15 @@ class PolicyWatch:
             if not bool(judged.isnan().all()):
                 told["correct"] = _moved(correct[kept], device)
         lens.watch.take_rollout(RolloutReading(**told, **self._of_tokens(output), seconds=seconds))
+
+    def _name(self, group: int, prompt: str) -> str:
+        """What a completion's tokens are called in the log: its prompt, where text is kept."""
+        return prompt[:_LONGEST_NAME] if self._options.record_text else f"group {group}"
+
+    def names(self, inputs: Mapping[str, Any]) -> list[str] | None:
+        """What the completions of a micro-batch are called; None where that is not known."""
+        places = inputs.get(_TEXT_ROW)
+        return None if places is None else [self._names[at] for at in places]
 
     def _answer(self, completion: str) -> str:
         options = self._options
@@ -339,6 +358,11 @@ def _draws_whole(trainer: Any) -> bool:
         and all(getattr(own, n, None) in (None, 0, 1.0, [], {}) for n in _CHANGES_WHAT_IS_DRAWN)
         and not _has_dropout(trainer.model)
     )
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """Names of reward functions; one that was there before has its number behind it."""
+    return [name if name not in names[:at] else f"{name}_{at + 1}" for at, name in enumerate(names)]
 
 
 def _moved(column: Tensor, device: torch.device) -> Tensor:

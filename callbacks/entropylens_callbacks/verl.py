@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 import entropylens as el
-from entropylens_callbacks import loggable
+from entropylens_callbacks import loggable, with_tokens_at_each_step
 from entropylens_callbacks.verl_batches import (
     clip_bounds,
     common_size,
     generated_mask,
     groups_of,
+    length_limit,
     pass_rate,
     plain_settings,
     reward_components,
-    setting,
     tensors_of,
 )
 
@@ -53,8 +53,8 @@ class VerlTap:
 
     Args:
         run_dir: Where the log goes.
-        config: verl's own settings, a mapping or a DictConfig: kept in the manifest, and read for
-            clip bounds and the length limit.
+        config: verl's own settings, a mapping or a DictConfig: kept in the manifest as they were
+            written, without secrets, and read for clip bounds and the length limit.
         correct_from: Reward from which a completion is correct; None is not known.
         record_text: Keep prompts and completions: all of a step are decoded, on the driver.
         tokenizer: Decodes, and says which token ends a completion.
@@ -77,10 +77,11 @@ class VerlTap:
         if record_text and tokenizer is None:
             raise ValueError("VerlTap: expected a tokenizer with record_text=True, got None")
         self._correct_from, self._record_text = correct_from, record_text
-        self._tokenizer, self._config = tokenizer, plain_settings(config)
-        self._has_noted = False
+        self._tokenizer, self._has_noted = tokenizer, False
+        self._clip, self._longest = clip_bounds(config), length_limit(config)
         decode = {"decode": lambda token: tokenizer.decode([token])} if record_text else {}
-        self.lens = el.Lens(run_dir=run_dir, **{"config": self._config, **decode, **lens})
+        options = {"config": plain_settings(config), **decode, **with_tokens_at_each_step(lens)}
+        self.lens = el.Lens(run_dir=run_dir, **options)
         self.lens.watch.expect("policy", "rollout")
 
     def observe(
@@ -105,7 +106,7 @@ class VerlTap:
             ValueError: In the first step only: fields are missing or have other shapes.
         """
         number = self.lens.last_step + 1 if step is None else step
-        show = functools.partial(self._show, batch, entropys, number, seconds)
+        show = functools.partial(self._show, batch, entropys, seconds)
         self.lens.aside("verl", show, raises=True)
         self.lens.step(step=number)
         if metrics:
@@ -128,16 +129,14 @@ class VerlTap:
 
     # -- within ------------------------------------------------------------------------------
 
-    def _show(
-        self, batch: Any, entropys: Tensor | None, number: int, seconds: float | None
-    ) -> None:
+    def _show(self, batch: Any, entropys: Tensor | None, seconds: float | None) -> None:
         found, names = tensors_of(batch, entropys), batch.non_tensor_batch
         due = self.lens.watch.due
         of_completions = self._of_completions(found)
         group = groups_of(names.get("uid"), found["responses"].device)
         if "rollout" in due:
             parts = reward_components(batch, found["responses"].device)
-            self._show_rollout(found, of_completions, parts, group, number, seconds)
+            self._show_rollout(found, of_completions, parts, group, seconds)
         if entropys is None:
             self._note_missing_entropies()
         elif "tokens" in due or "policy" in due:
@@ -160,7 +159,6 @@ class VerlTap:
         of_completions: Mapping[str, Tensor],
         parts: Mapping[str, Tensor],
         group: Tensor | None,
-        number: int,
         seconds: float | None,
     ) -> None:
         """Show completions, with their groups standing together where these are of one size."""
@@ -181,8 +179,7 @@ class VerlTap:
         if end is None:
             return None
         ends = torch.as_tensor(end, device=token_id.device)
-        limit = setting(self._config, "data.max_response_length") or token_id.shape[1]
-        length = mask.sum(1)
+        limit, length = self._longest or token_id.shape[1], mask.sum(1)
         last = token_id.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
         return (length >= limit) & ~torch.isin(last, ends)
 
@@ -209,7 +206,7 @@ class VerlTap:
             sample_id=None if uid is None else [str(name) for name in uid],
             sampler_logprob=found.get("rollout_log_probs"),
             reference_logprob=found.get("ref_log_prob"),
-            clip=clip_bounds(self._config),
+            clip=self._clip,
             **known,
         )
 
@@ -239,7 +236,8 @@ def attach(trainer: Any, run_dir: str | Path, **options: Any) -> VerlTap:
 
     Two of its methods, of this one object, are wrapped: ``_compute_old_log_prob(batch)``, whose
     result has the entropies, and ``_update_actor(batch)``, which is given the advantages; ``fit``
-    ends the log. verl 0.7.0 to 0.9.0 have both. 0.6.1 and older do not, and the V1 trainers
+    ends the log. What is wrong with a batch is a warning and an event here, and never ends the
+    training. verl 0.7.0 to 0.9.0 have both. 0.6.1 and older do not, and the V1 trainers
     (``trainer.use_v1``, the default from 0.9.0) keep their batch elsewhere: both are refused. Steps
     of a critic's warm-up, in which the policy is not updated, are not seen, and neither are verl's
     own metrics: for those call `VerlTap.observe`.
@@ -296,8 +294,7 @@ class _Driver:
             entropys: list[Tensor | None] = [None]
             lens = self._tap.lens
             lens.aside("verl entropys", lambda: entropys.insert(0, self._entropys_of(batch)))
-            step = getattr(self._trainer, "global_steps", None)
-            self._tap.observe(batch, entropys[0], step=step)
+            self._observe(batch, entropys[0])
             return update(batch, *args, **kwargs)
 
         return watched
@@ -308,10 +305,22 @@ class _Driver:
             with self._tap:
                 result = fit(*args, **kwargs)
                 if not self._has_seen:
-                    self._complain()
+                    self._complain(
+                        f"{type(self._trainer).__name__}.fit ended without a call of {_UPDATES}: "
+                        f"nothing was recorded; call VerlTap.observe in its loop"
+                    )
             return result
 
         return watched
+
+    def _observe(self, batch: Any, entropys: Tensor | None) -> None:
+        """Show a step; a rollout was paid for, so not even a setup error ends the training."""
+        lens, number = self._tap.lens, getattr(self._trainer, "global_steps", None)
+        try:
+            self._tap.observe(batch, entropys, step=number)
+        except (TypeError, ValueError) as error:
+            self._complain(f"nothing is recorded of what {_UPDATES} was given: {error}")
+            lens.aside("verl step", lambda: lens.step(step=number))
 
     def _keep(self, result: Any) -> None:
         # The entropies are taken out of this very object before it joins the batch.
@@ -326,11 +335,7 @@ class _Driver:
         logprob, entropys = scored
         return entropys if torch.equal(batch.batch["old_log_probs"], logprob) else None
 
-    def _complain(self) -> None:
-        message = (
-            f"{type(self._trainer).__name__}.fit ended without a call of {_UPDATES}: nothing was "
-            f"recorded; call VerlTap.observe in its loop"
-        )
+    def _complain(self, message: str) -> None:
         log.warning("entropylens: %s", message)
         self._tap.lens.event("capture", message, severity="warning")
 

@@ -1,5 +1,6 @@
 """A step of verl's driver: the fields of its DataProto, its groups, its settings."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,10 @@ __all__ = [
     "common_size",
     "generated_mask",
     "groups_of",
+    "length_limit",
     "pass_rate",
     "plain_settings",
     "reward_components",
-    "setting",
     "tensors_of",
 ]
 
@@ -27,6 +28,10 @@ _OF_TOKENS: Final = ("rollout_log_probs", "ref_log_prob")
 _OPTIONAL: Final = ("prompts", "attention_mask", "token_level_scores")
 _RATIO_CLIPPED: Final = frozenset(("vanilla", "gspo"))
 """Policy losses whose clip_ratio bounds a ratio; that of others bounds another divergence."""
+_SECRET: Final = re.compile(
+    r"(^|_)(secret|password)(_|$)|(^|_)(token|(api|access|auth|encryption|private|ssh)_key)$|^key$"
+)
+"""Names of settings whose values are not written down, in snake case."""
 
 
 def tensors_of(batch: Any, entropys: Tensor | None) -> dict[str, Tensor]:
@@ -119,27 +124,67 @@ def _is_number(value: Any) -> bool:
 
 
 def plain_settings(config: Any) -> dict[str, Any]:
-    """Settings as a dictionary, of a DictConfig too."""
-    omegaconf = sys.modules.get("omegaconf")
-    if omegaconf is not None and omegaconf.OmegaConf.is_config(config):
-        config = omegaconf.OmegaConf.to_container(config, resolve=True)
-    return dict(config or {})
+    """Settings as a dictionary, of a DictConfig too, as they were written and without secrets.
+
+    Interpolations stay text, since what ``${oc.env:NAME}`` stands for may be a secret; what stands
+    under a name such as ``api_key``, ``token``, ``secret`` or ``password`` is blank.
+    """
+    container = _omegaconf(config)
+    plain = config if container is None else container.to_container(config, resolve=False)
+    return dict(_without_secrets(plain or {}))
 
 
-def setting(config: Mapping[str, Any], path: str) -> Any:
-    """A setting by its dotted path; None where it is not set."""
-    found: Any = config
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: "" if _is_secret(name, inner) else _without_secrets(inner)
+            for name, inner in value.items()
+        }
+    return [*map(_without_secrets, value)] if isinstance(value, list | tuple) else value
+
+
+def _is_secret(name: Any, value: Any) -> bool:
+    is_told = value is not None and not isinstance(value, bool)
+    return is_told and _SECRET.search(str(name).lower().replace("-", "_")) is not None
+
+
+def _omegaconf(config: Any) -> Any:
+    """omegaconf's functions, if a config is one of its own; it is imported by then."""
+    module = sys.modules.get("omegaconf")
+    return module.OmegaConf if module is not None and module.OmegaConf.is_config(config) else None
+
+
+def _setting(config: Any, path: str) -> Any:
+    """A setting by its dotted path; None where it is not set or cannot be resolved."""
+    container = _omegaconf(config)
+    if container is not None:
+        try:
+            return container.select(config, path)
+        except Exception:  # a resolver is anyone's code
+            return None
+    found = config
     for name in path.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
 
 
-def clip_bounds(config: Mapping[str, Any]) -> tuple[float, float] | None:
+def _number(config: Any, path: str) -> float | None:
+    found = _setting(config, path)
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def length_limit(config: Any) -> float | None:
+    """Tokens that a completion may have at most; None where it is not told."""
+    return _number(config, "data.max_response_length")
+
+
+def clip_bounds(config: Any) -> tuple[float, float] | None:
     """``(low, high)`` of a loss that clips ratios; ``clip_ratio`` stands in for what is unset."""
-    actor = setting(config, "actor_rollout_ref.actor") or {}
-    mode = setting(actor, "policy_loss.loss_mode") or "vanilla"
+    actor = "actor_rollout_ref.actor"
+    mode = _setting(config, f"{actor}.policy_loss.loss_mode") or "vanilla"
     if mode not in _RATIO_CLIPPED:
         return None
-    both = [setting(actor, f"clip_ratio_{side}") for side in ("low", "high")]
-    low, high = (setting(actor, "clip_ratio") if one is None else one for one in both)
+    both = [_number(config, f"{actor}.clip_ratio_{side}") for side in ("low", "high")]
+    default = _number(config, f"{actor}.clip_ratio")
+    low, high = (default if one is None else one for one in both)
     return None if low is None or high is None else (float(low), float(high))

@@ -104,8 +104,12 @@ class UpdateProbe:
         policy: PolicyBatch | None,
         sample_ids: Sequence[str] | None,
         generator: torch.Generator,
-    ) -> None:
-        """Keep a few sequences of a training forward; do nothing where they cannot be cut out."""
+    ) -> bool:
+        """Keep a few sequences of a training forward.
+
+        Returns:
+            False where they cannot be cut out of its arguments, and nothing was kept.
+        """
         grid = source.grid
         rows, width = grid.shape
         size = min(SEQUENCES, rows, max(TOKENS // (width + 1), 1))
@@ -115,8 +119,10 @@ class UpdateProbe:
         keys = torch.where(grid.present.any(1), keys, 2.0)
         chosen = keys.topk(size, largest=False).indices.sort().values
         cut = _cut(inputs, chosen, rows)
-        if cut is None or cut["input_ids"].shape[1] != width + 1:
-            return
+        # Shown by hand, completions may come without the prompts before them.
+        prompt = -1 if cut is None else cut["input_ids"].shape[1] - 1 - width
+        if cut is None or prompt < 0:
+            return False
         part = Grid(targets=grid.targets[chosen], present=grid.present[chosen])
         states = choose(part, self._states.limit, generator)
         depth, _, _ = places(part)
@@ -132,7 +138,8 @@ class UpdateProbe:
             wide = policy.pull_columns(source)
             columns |= {name: value[chosen[row], column] for name, value in wide.items()}
             columns["clip"] = policy.clip
-        self._kept = _Kept(cut, row, column, columns)
+        self._kept = _Kept(cut, row, column + prompt, columns)
+        return True
 
     def reading(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], temperature: float
@@ -257,22 +264,44 @@ class _States(nn.Module):
         modules = [*self.model.modules()]
         held = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in modules]
         device = next(self.model.parameters()).device.type
-        precision = torch.get_float32_matmul_precision()
         try:
             for module in modules:
                 module.training = False
                 module._forward_hooks = type(module._forward_hooks)()
                 module._forward_pre_hooks = type(module._forward_pre_hooks)()
-            if precision != "highest":
-                torch.set_float32_matmul_precision("highest")
-            with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
+            attention, autocast = (
+                sdpa_kernel(SDPBackend.MATH),
+                torch.autocast(device, enabled=False),
+            )
+            with _full_precision(), attention, autocast:
                 yield
         finally:
-            if precision != "highest":
-                torch.set_float32_matmul_precision(precision)
             for module, mode, hooks, pre_hooks in held:
                 module.training = mode
                 module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No products of less precision than their factors (TF32, bfloat16)."""
+    backends: Any = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    settings = [(one, one.fp32_precision) for one in backends if hasattr(one, "fp32_precision")]
+    if not settings:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    lower = [(one, precision) for one, precision in settings if precision not in ("none", "ieee")]
+    try:
+        for one, _ in lower:
+            one.fp32_precision = "ieee"
+        yield
+    finally:
+        for one, precision in lower:
+            one.fp32_precision = precision
 
 
 def _is_harmless(hook: Any) -> bool:

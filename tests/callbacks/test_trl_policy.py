@@ -306,3 +306,32 @@ def test_samples_of_a_policy_are_not_named(tmp_path: Path) -> None:
 def test_the_usual_delimiter_counts_only_as_one_token(tmp_path: Path) -> None:
     run = trained(grpo(tmp_path, max_steps=1), tmp_path)
     assert series(run, "entropy/phase/thinking/mean") == {}
+
+
+def test_two_rewards_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    def scaled(factor: float) -> Any:
+        def reward(completions: list[str], **known: Any) -> list[float]:
+            return [factor * len(text) for text in completions]
+
+        return reward
+
+    trainer = grpo(tmp_path, max_steps=2, rewards=[scaled(1.0), scaled(-3.0)])
+    run = trained(trainer, tmp_path)
+    assert series(run, "reward/mean") == pytest.approx(logged(trainer, "reward"), abs=1e-5)
+    first, second = (series(run, "reward/component/mean", name) for name in ("reward", "reward_2"))
+    assert {step: -3 * value for step, value in first.items()} == pytest.approx(second)
+
+
+def test_tokens_bear_the_name_of_their_group_or_their_prompt(tmp_path: Path) -> None:
+    run = trained(grpo(tmp_path / "plain", max_steps=2), tmp_path / "plain")
+    names = set(run.tokens().to_arrow()["sample_id"].to_pylist())
+    assert names == {f"group {number}" for number in range(4)}
+    folder = tmp_path / "text"
+    run = trained(grpo(folder, max_steps=2), folder, rollouts=RolloutOptions(record_text=True))
+    rows = [r for r in run.tokens().to_arrow().to_pylist() if r["selection"] == "change"]
+    prompts = {row["prompt"] for row in tiny.prompts()}
+    assert rows
+    assert {row["sample_id"] for row in rows} <= prompts
+    change = series(run, "entropy/change/rollouts")
+    entropy = series(run, "entropy/token/mean")
+    assert change == {2: pytest.approx(entropy[2] - entropy[1], abs=1e-6)}

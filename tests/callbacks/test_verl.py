@@ -1,5 +1,8 @@
 """Batches of the shape that verl's driver has, shown to the tap; verl itself is not here."""
 
+import json
+import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,7 +14,7 @@ from torch import Tensor
 
 import entropylens as el
 from entropylens_callbacks.verl import VerlTap, attach
-from entropylens_callbacks.verl_batches import clip_bounds
+from entropylens_callbacks.verl_batches import clip_bounds, length_limit, plain_settings
 
 WIDTH, PROMPT, END = 9, 4, 2
 EVERYTHING: dict[str, Any] = {"preset": "full", "max_overhead": None}
@@ -247,6 +250,21 @@ def test_steps_bear_verls_numbers(tmp_path: Path) -> None:
     assert run.metrics("rollout/seconds").to_arrow()["value"].to_pylist() == [2.5] * 3
 
 
+@pytest.mark.parametrize(("preset", "every"), [("fast", 10), ("balanced", 1), ("full", 1)])
+def test_entropies_come_as_often_as_advantages(tmp_path: Path, preset: str, every: int) -> None:
+    run = shown(tmp_path, *(made(seed=at) for at in range(21)), preset=preset)
+    due = [step for step in range(1, 22) if step == 1 or step % every == 0]
+    for name in ("entropy/token/mean", "surprisal/token/mean", "covariance/within/mean"):
+        assert run.metrics(name).to_arrow()["step"].to_pylist() == due
+
+
+def test_a_schedule_that_is_asked_for_comes_first(tmp_path: Path) -> None:
+    steps = [made(seed=at) for at in range(4)]
+    run = shown(tmp_path, *steps, preset="balanced", diagnostics={"token_entropy": 2})
+    assert run.metrics("entropy/token/mean").to_arrow()["step"].to_pylist() == [1, 2, 4]
+    assert run.metrics("surprisal/token/mean").to_arrow()["step"].to_pylist() == [1, 2, 3, 4]
+
+
 # -- what is not there -----------------------------------------------------------------------------
 
 
@@ -413,6 +431,96 @@ def test_clip_bounds_are_those_of_losses_that_clip_ratios(actor: Any, expected: 
     assert clip_bounds({}) is None
 
 
+class Node(dict[str, Any]):
+    """A DictConfig as far as it is used; a value that begins with ``${`` is an interpolation."""
+
+
+class OmegaConf:
+    """Its functions; what is interpolated is looked up in `known`, or cannot be resolved."""
+
+    known: ClassVar[dict[str, Any]] = {}
+
+    @staticmethod
+    def is_config(value: Any) -> bool:
+        return isinstance(value, Node)
+
+    @classmethod
+    def select(cls, config: Node, path: str) -> Any:
+        found: Any = config
+        for name in path.split("."):
+            found = None if found is None else found.get(name)
+        return cls.known[found] if str(found).startswith("${") else found
+
+    @classmethod
+    def to_container(cls, config: Node, *, resolve: bool) -> dict[str, Any]:
+        assert not resolve, "what is behind an interpolation is not to be written"
+        return dict(config)
+
+
+@pytest.fixture
+def interpolating(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Values of interpolations, while omegaconf seems to be imported."""
+    known: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace(OmegaConf=OmegaConf))
+    monkeypatch.setattr(OmegaConf, "known", known)
+    return known
+
+
+def test_interpolations_are_kept_as_text_and_read_where_they_are_needed(
+    tmp_path: Path, interpolating: dict[str, Any]
+) -> None:
+    interpolating |= {"${limit}": WIDTH + 1, "${low}": 0.1, "${oc.env:OURS}": "hidden"}
+    actor = {"clip_ratio_low": "${low}", "clip_ratio_high": "${nowhere}", "clip_ratio": 0.2}
+    config = Node(
+        data={"max_response_length": "${limit}"},
+        actor_rollout_ref={"actor": actor},
+        trainer={"logger": "${oc.env:OURS}"},
+    )
+    run = shown(tmp_path, made(), config=config, tokenizer=Tokenizer())
+    assert run.config["user"] == dict(config)
+    assert "hidden" not in (tmp_path / "run/run.json").read_text()
+    assert value(run, "completion/truncated/share") == 0
+    assert clip_bounds(config) == (0.1, 0.2)
+
+
+def test_what_cannot_be_resolved_is_not_known_and_does_not_raise(
+    tmp_path: Path, interpolating: dict[str, Any]
+) -> None:
+    actor = {"clip_ratio": "${nowhere}", "policy_loss": {"loss_mode": "${nowhere}"}}
+    settings = {
+        "data": {"max_response_length": "${nowhere}"},
+        "actor_rollout_ref": {"actor": actor},
+    }
+    assert interpolating == {}
+    for at, config in enumerate((Node(settings), settings)):
+        assert (clip_bounds(config), length_limit(config)) == (None, None)
+        run = shown(tmp_path / str(at), made(), config=config, tokenizer=Tokenizer())
+        assert run.status()[0].faults == {}
+
+
+SECRETS = (
+    "api_key", "WANDB_API_KEY", "aws-secret-access-key", "token", "hub_token", "access_token",
+    "secret", "client_secret", "password", "db_password", "key",
+)  # fmt: skip
+HARMLESS = (
+    "tokenizer", "num_tokens", "max_token_len", "token_level", "key_value", "prompt_key",
+    "reward_fn_key", "keys", "secretary", "monkey",
+)  # fmt: skip
+
+
+def test_values_under_a_secrets_name_are_blank_at_any_depth(tmp_path: Path) -> None:
+    names = (*SECRETS, *HARMLESS)
+    inner = {name: f"value of {name}" for name in names}
+    config = {"trainer": {"env": [inner]}, "use": {"token": None, "password": False}, **inner}
+    run = shown(tmp_path, made(), config=config)
+    written = json.loads((tmp_path / "run/run.json").read_text())
+    expected = {name: "" if name in SECRETS else f"value of {name}" for name in names}
+    assert run.config["user"] == {**config, "trainer": {"env": [expected]}, **expected}
+    assert not [name for name in SECRETS if f'value of {name}"' in json.dumps(written)]
+    assert config["token"] == "value of token", "the trainer's own settings are as they were"
+    assert plain_settings(None) == {}
+
+
 def test_text_is_kept_where_asked_for_without_padding(tmp_path: Path) -> None:
     batch, entropys = made()
     run = shown(tmp_path, (batch, entropys), record_text=True, tokenizer=Tokenizer())
@@ -535,6 +643,45 @@ def test_our_own_errors_do_not_reach_the_training(
     assert trainer.fit() == "done"
     assert len(trainer.updated) == 3
     assert sum(el.open_run(tap.lens.run_dir).status()[0].faults.values()) == 3
+
+
+@pytest.mark.parametrize("first", [ValueError("ours"), TypeError("ours"), None])
+def test_a_batch_of_another_form_warns_and_never_ends_a_training(
+    tmp_path: Path,
+    first: Exception | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Other(RayPPOTrainer):
+        def advantages_of(self, batch: Any) -> Any:
+            if self.global_steps < 13:
+                batch.batch.pop("advantages")
+            return batch
+
+    def broken(*_: Any) -> None:
+        assert first is not None
+        raise first
+
+    trainer = Other(steps=4)
+    attach(trainer, tmp_path / "run", **EVERYTHING)
+    if first is not None:
+        monkeypatch.setattr("entropylens_callbacks.verl.tensors_of", broken)
+    assert trainer.fit() == "done"
+    assert len(trainer.updated) == 4
+    said = "ours" if first is not None else "got one without advantages"
+    warned = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert [said in one for one in warned] == [True]
+    run = el.open_run(tmp_path / "run")
+    assert run.state() == "finished"
+    events = run.events().to_arrow().to_pylist()
+    (event,) = [row for row in events if row["kind"] == "capture" and said in row["message"]]
+    assert (event["severity"], event["message"].startswith("nothing is recorded")) == (
+        "warning",
+        True,
+    )
+    if first is None:
+        assert list(series(run, "entropy/token/mean")) == [13, 14]
+        assert list(run.status()[0].faults.values()) == [1]
 
 
 def test_trainers_without_the_seams_are_refused(tmp_path: Path) -> None:

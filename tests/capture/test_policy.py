@@ -18,7 +18,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def shown(seed: int = 0) -> dict[str, Tensor]:
+def shown(seed: int = 0) -> dict[str, Any]:
     drawn = generator(seed)
     logits = 2 * torch.randn(ROWS, WIDTH, VOCABULARY, generator=drawn)
     return {
@@ -29,7 +29,7 @@ def shown(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def statistics(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def statistics(batch: dict[str, Any]) -> dict[str, Tensor]:
     """Numbers of the counted tokens in float64, one after the other."""
     logp = batch["logits"].double().log_softmax(-1)
     mask = batch["mask"]

@@ -320,3 +320,78 @@ def test_a_model_that_cannot_be_asked_any_more_is_let_be_and_an_event_says_so(
     events = [e for e in run.events().to_arrow().to_pylist() if e["kind"] == "capture"]
     assert len(events) == 1
     assert "without forward hooks of others" in events[0]["message"]
+
+
+def test_a_loop_that_shows_its_policy_shows_its_updates_if_it_shows_its_inputs(
+    tmp_path: Path,
+) -> None:
+    """Completions of 5 tokens behind prompts of 7."""
+    torch.manual_seed(0)
+    model = tiny.llama().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    settings: dict[str, Any] = {"preset": "full", "max_overhead": None}
+    ids = batch()
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run", **settings) as lens:
+        logits = model(input_ids=ids).logits[:, 6:-1]
+        logp = logits.log_softmax(-1).gather(2, ids[:, 7:, None])[..., 0]
+        advantage = torch.tensor([1.0, -1.0, 0.5, 0.0])
+        (-(logp * advantage[:, None]).mean()).backward()
+        lens.observe_policy(
+            logits=logits, token_ids=ids[:, 7:], advantage=advantage, inputs={"input_ids": ids}
+        )
+        before = logits.detach()
+        optimizer.step()
+        lens.step()
+    with torch.no_grad():
+        after = model(input_ids=ids).logits[:, 6:-1]
+    change = torch.distributions.Categorical(logits=after).entropy().mean() - (
+        torch.distributions.Categorical(logits=before).entropy().mean()
+    )
+    run = el.open_run(tmp_path / "run")
+    assert run.status()[0].faults == {}
+    found = run.metrics("entropy/change/measured").to_arrow()["value"].to_pylist()
+    assert found == [pytest.approx(change.item(), rel=1e-2, abs=1e-8)]
+    cells = run.metrics("entropy/change/at/*").to_arrow()["value"].to_pylist()
+    assert any(cells)
+
+
+def test_what_stands_in_the_way_is_said_once(tmp_path: Path) -> None:
+    def events(folder: Path, optimizers: Any, **inputs: Any) -> list[str]:
+        model = tiny.llama()
+        with el.Lens(model, optimizers(model), run_dir=folder, preset="full") as lens:
+            for _ in range(3):
+                ids = batch()
+                model(input_ids=ids, labels=ids, **inputs).loss.backward()
+                lens.step()
+        rows = el.open_run(folder).events().to_arrow().to_pylist()
+        return [row["message"] for row in rows if row["kind"] == "capture"]
+
+    def one(model: Any) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def two(model: Any) -> Any:
+        return [
+            torch.optim.SGD(model.model.parameters(), lr=0.1),
+            torch.optim.SGD(model.lm_head.parameters(), lr=0.1),
+        ]
+
+    assert events(tmp_path / "fine", one) == []
+    (said,) = events(tmp_path / "two", two)
+    assert said.endswith("2 optimisers train it")
+    (said,) = events(tmp_path / "odd", one, max_length_q=12)
+    assert "cannot be cut out of its inputs (input_ids, labels, max_length_q)" in said
+
+
+def test_reduced_precision_is_set_aside_and_put_back() -> None:
+    model = tiny.llama()
+    ids = batch()
+    probe = kept(model, ids)
+    before, after = step(model, ids, 0.1)
+    torch.set_float32_matmul_precision("high")
+    try:
+        reading = probe.reading(before, after, 1.0)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    probe = kept(model, ids)
+    assert torch.equal(reading.after, probe.reading(before, after, 1.0).after)

@@ -216,12 +216,14 @@ def _saved(folder: Path, model: Any) -> Any:
     return type(model).from_pretrained(base)
 
 
-def grpo(folder: Path, peft_config: Any = None, model: Any = None, **options: Any) -> Any:
+def grpo(
+    folder: Path, peft_config: Any = None, model: Any = None, rewards: Any = None, **options: Any
+) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return GRPOTrainer(
             _saved(folder, model or tiny.llama()),
-            reward_funcs=[right, brief],
+            reward_funcs=rewards or [right, brief],
             args=GRPOConfig(str(folder / "out"), **{**TRL, **_ROLLOUTS, **options}),
             train_dataset=tiny.prompts(),
             processing_class=tiny.tokenizer(),
