@@ -149,7 +149,7 @@ def _is_secret(name: Any, value: Any) -> bool:
 
 
 def _omegaconf(config: Any) -> Any:
-    """omegaconf's functions, if a config is one of its own; it is imported by then."""
+    """Functions of omegaconf, if a config is one of its own; it is imported by then."""
     module = sys.modules.get("omegaconf")
     return module.OmegaConf if module is not None and module.OmegaConf.is_config(config) else None
 
