@@ -40,7 +40,7 @@ bench: $(READY) ## Run every benchmark at its full size
 	for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 sample-runs: $(READY) ## Train those sample runs that are not finished
-	for run in collapse destroyed adaptive; do \
+	for run in collapse destroyed adaptive small; do \
 	  $(BIN)/python sample_runs/grpo_countdown/train.py --run $$run || exit 1; done
 
 soak: $(READY) ## The long proofs

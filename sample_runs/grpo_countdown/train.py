@@ -43,7 +43,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"train.py: expected entropylens, trl and reasoning-gym to be installed, got {error}; "
-        f"pip install 'entropylens[hf]' trl reasoning-gym"
+        f"pip install -e '.[hf]' trl reasoning-gym"
     ) from None
 
 FOLDER: Final = Path("out/grpo_countdown")
@@ -62,7 +62,7 @@ class Recipe:
 
 
 RECIPES: Final = {
-    "collapse": Recipe(learning_rate=3e-4, steps=200),
+    "collapse": Recipe(learning_rate=3e-4, steps=400),
     "destroyed": Recipe(learning_rate=2e-3, steps=100),
     "adaptive": Recipe(learning_rate=3e-4, steps=200, entropy_target=0.35),
     "small": Recipe(learning_rate=1e-5, steps=60),

@@ -193,5 +193,5 @@ def test_a_run_without_an_entropy_target_is_known_again(
 @pytest.mark.parametrize("missing", ["trl", "datasets"])
 def test_what_to_install_is_said(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(SystemExit, match=f"{missing}.*pip install 'entropylens.hf.' trl reasoning"):
+    with pytest.raises(SystemExit, match=f"{missing}.*pip install -e '..hf.' trl reasoning"):
         runpy.run_path(train.__file__)
