@@ -5,8 +5,10 @@
   each, A ~ N(0, 1). What each estimate predicts for the state is compared with what one step of a
   tabular softmax, ``dz = 1e-3 A (e_a - p)``, does to its entropy in float64.
 - ``run``: the log of a training, by default the sample run that collapses. What each estimate said
-  of a step against what the update did to the entropy, what that comes to over the run, and when
-  the end of the entropy could have been foretold. Left out where there is no such log.
+  of a step against what the update did to the entropy, what that comes to over the run, when
+  the entropy's fall below 0.25, 0.2 and 0.1 nats could have been foretold, and how much of its
+  later course lay in the band that was foretold at 15 % of the run. Left out, which is said, where
+  there is no such log.
 
     python -m benchmarks.entropy_change [--cells NAME ...] [--log RUN] [--out DIR]
 
@@ -28,10 +30,12 @@ from rich.table import Column, Table
 from scipy.stats import spearmanr
 
 from entropylens.analysis.entropy_change import read_entropy_change
-from entropylens.analysis.entropy_law import read_entropy_law
+from entropylens.analysis.entropy_law import FLOOR
 from entropylens.analysis.overview import read_curves
 from entropylens.diagnostics._estimators import ESTIMATORS, TokenParts
 from entropylens.errors import EntropyLensError
+from entropylens.rules.blocks import Floats, straight
+from entropylens.rules.forecast import forecast_crossing, score_forecasts
 from entropylens.store.reader import open_run
 
 EXPONENTS = (0.6, 3.45)
@@ -40,6 +44,12 @@ NOISE = 0.3
 """Standard deviation of a logit around the law, before the exponent multiplies it."""
 STEP = 1e-3
 LOG = Path("sample_runs/grpo_countdown/logs/collapse")
+FLOORS = (0.25, 0.2, FLOOR)
+"""Nats; the sample run's entropy falls below the first two."""
+EARLY = 0.15
+"""Share of a run that the judged band knew."""
+WINDOW = 10
+"""Entropies in a mean: that of one step is one noisy batch."""
 
 
 def main() -> int:
@@ -49,8 +59,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/entropy_change"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    cells = CELLS if asked.log.exists() else [name for name in CELLS if name != "run"]
-    for name in asked.cells or cells:
+    cells = asked.cells or [*CELLS]
+    if not asked.cells and not asked.log.exists():
+        cells.remove("run")
+        Console().print(
+            f"run is left out: there is no log {asked.log}; name one with --log, or train it: "
+            f"python sample_runs/grpo_countdown/train.py --run collapse",
+            soft_wrap=True,
+        )
+    for name in cells:
         found = run(asked.log) if name == "run" else CELLS[name]()
         (asked.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         for shown in TABLES[name](name, found):
@@ -84,10 +101,17 @@ def run_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
         course.add_row(f"next rollouts, {key}", _text(value))
     parts = ["share", "status", "step", "interval", "actual", "error"]
     parts += ["persistence", "straight_line"]
-    forecasts = Table(*parts, title="the end of the entropy, foretold")
-    for one in found["forecasts"]:
-        forecasts.add_row(*(_text(one[part]) for part in parts))
-    return [agreements, course, forecasts]
+    tables = [agreements, course]
+    for floor in FLOORS:
+        forecasts = Table(*parts, title=f"the fall of the entropy below {floor} nats, foretold")
+        for one in found["forecasts"]:
+            if one["floor"] == floor:
+                forecasts.add_row(*(_text(one[part]) for part in parts))
+        tables.append(forecasts)
+    band = Table("its course, foretold", "", title="the entropy's band")
+    for key, value in (found["band"] or {"none": "no trend, or too few entropies"}).items():
+        band.add_row(key, _text(value))
+    return [*tables, band]
 
 
 def _text(value: Any) -> str:
@@ -105,9 +129,9 @@ def run(log: Path = LOG) -> dict[str, Any]:
         log: A run's directory.
 
     Returns:
-        ``estimates`` by name, ``identity``, ``next_rollouts``, ``totals``, ``tokens``, ``samples``
-        and ``forecasts``. A number that is not known is None, as is a step that this run, or a
-        forecast, does not reach.
+        ``estimates`` by name, ``identity``, ``next_rollouts``, ``totals``, ``tokens``, ``samples``,
+        ``band``, of `judge_band`, and ``forecasts`` of each of `FLOORS`. A number that is not known
+        is None, as is a step that this run, or a forecast, does not reach.
 
     Raises:
         EntropyLensError: There is no run, or one that did not measure changes of the entropy.
@@ -119,7 +143,8 @@ def run(log: Path = LOG) -> dict[str, Any]:
             f"entropy_change: expected a log with entropy/change/measured, got {log}; train with "
             f"diagnostics={{'entropy_change': 1}}"
         )
-    law = read_entropy_law(read_curves(logged), read_curves(logged, "rollout"))
+    course = read_curves(logged).get("entropy/token/mean")
+    steps, entropy = (np.zeros(0),) * 2 if course is None else (course.steps, course.values)
     estimates = {one.name: asdict(one) for one in changes.agreements}
     found = {
         "log": str(log),
@@ -130,10 +155,10 @@ def run(log: Path = LOG) -> dict[str, Any]:
         "totals": asdict(changes.totals),
         "tokens": [asdict(part) for part in changes.tokens],
         "samples": [asdict(part) for part in changes.samples],
-        "forecasts": []
-        if law is None
-        else [
+        "band": judge_band(steps.astype(np.float64), entropy),
+        "forecasts": [
             {
+                "floor": floor,
                 "share": one.share,
                 "status": one.forecast.status,
                 "step": one.forecast.step,
@@ -144,10 +169,67 @@ def run(log: Path = LOG) -> dict[str, Any]:
                 "persistence": one.persistence_error,
                 "straight_line": one.straight_line_error,
             }
-            for one in law.scores
+            for floor in FLOORS
+            for one in score_forecasts(steps, entropy, floor)
         ],
     }
     return dict(_plain(found))
+
+
+def judge_band(steps: Floats, entropy: Floats, share: float = EARLY) -> dict[str, Any] | None:
+    """How much of the entropy's later course lay in the band foretold at a share of the run?
+
+    Args:
+        steps: ``[n]`` increasing.
+        entropy: ``[n]`` nats.
+        share: Of the run's steps that the forecast knew.
+
+    Returns:
+        ``inside``: share of later entropies within the band; ``means_inside``: of their means over
+        `WINDOW` of them in a row, without overlap. ``actual_at_end`` is the mean of the last
+        `WINDOW`, and errors there, foretold less actual, are the median path's, that of the newest
+        `WINDOW` known (persistence), and that of a straight line through all that was known. None
+        where nothing was foretold, or fewer than `WINDOW` entropies came after.
+    """
+    kept = np.isfinite(entropy)
+    steps, entropy = steps[kept], entropy[kept]
+    if not len(steps):
+        return None
+    is_known = steps <= steps[0] + share * (steps[-1] - steps[0])
+    past, known, ahead, came = (
+        steps[is_known],
+        entropy[is_known],
+        steps[~is_known],
+        entropy[~is_known],
+    )
+    # No entropy is below 0: the path is told to the end, whatever it crosses.
+    found = forecast_crossing(past, known, 0.0, horizon=steps[-1] - past[-1])
+    if len(came) < WINDOW or not len(found.path_step):
+        return None
+
+    def band(at: Floats) -> Floats:
+        return np.stack([np.interp(at, found.path_step, edge) for edge in found.path])
+
+    def inside(at: Floats, values: Floats) -> float:
+        low, _, high = band(at)
+        return float(((low <= values) & (values <= high)).mean())
+
+    whole = len(came) // WINDOW * WINDOW
+    windows = (values[-whole:].reshape(-1, WINDOW).mean(1) for values in (ahead, came))
+    end, actual = ahead[-WINDOW:].mean(), came[-WINDOW:].mean()
+    intercept, slope = straight(past, known)
+    return {
+        "share": share,
+        "made_at": float(past[-1]),
+        "model": found.model,
+        "level": found.level,
+        "inside": inside(ahead, came),
+        "means_inside": inside(*windows),
+        "actual_at_end": float(actual),
+        "error_at_end": float(band(end)[1] - actual),
+        "persistence_at_end": float(known[-WINDOW:].mean() - actual),
+        "straight_line_at_end": float(intercept + slope * end - actual),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,7 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,11 +84,72 @@ def test_a_log_is_read_as_it_was_planted(tmp_path: Path) -> None:
     assert found["next_rollouts"]["skill"] == pytest.approx(1, abs=1e-5)
     totals = found["totals"]
     assert (totals["first"], totals["last"]) == (1, 240)
+    entropy = 1.2 * np.exp(-np.arange(1, 241) / 71.6)
     for kind in ("predicted", "measured"):
-        assert totals[kind] == pytest.approx(totals["entropy"], rel=1e-5)
-    assert [one["share"] for one in found["forecasts"]] == [0.15, 0.3, 0.5]
+        assert totals[kind] == pytest.approx(entropy[-1] - entropy[0], rel=1e-5)
+    assert totals["entropy"] == pytest.approx([entropy[:24].mean(), entropy[-24:].mean()], rel=1e-5)
+    actual = {0.25: 112, 0.2: 128, 0.1: 178}
+    assert [(one["floor"], one["share"]) for one in found["forecasts"]] == [
+        (floor, share)
+        for floor, known in ((0.25, 3), (0.2, 3), (0.1, 3))
+        for share in (0.15, 0.3, 0.5)[:known]
+        if share * 240 < actual[floor]
+    ]
     for one in found["forecasts"]:
-        assert one["actual"] == pytest.approx(178, abs=3)
+        assert one["actual"] == pytest.approx(actual[one["floor"]], abs=3)
+        assert one["error"] < 5
+    band = found["band"]
+    assert (band["share"], band["made_at"], band["model"]) == (0.15, 36, "log H on step")
+    assert band["actual_at_end"] == pytest.approx(entropy[-10:].mean(), rel=1e-5)
+    assert abs(band["error_at_end"]) < 0.01
+    assert band["persistence_at_end"] == pytest.approx(
+        entropy[26:36].mean() - entropy[-10:].mean(), rel=1e-5
+    )
+    line = np.poly1d(np.polyfit(np.arange(1, 37), entropy[:36], 1))
+    assert band["straight_line_at_end"] == pytest.approx(
+        line(235.5) - entropy[-10:].mean(), rel=1e-4
+    )
+
+
+def test_a_band_is_judged_by_what_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = SimpleNamespace(
+        path_step=np.array([101.0, 201.0]),
+        path=np.array([[0.0, 1.0], [0.5, 2.0], [1.0, 3.0]]),
+        model="made up",
+        level=0.9,
+    )
+    asked: dict[str, Any] = {}
+
+    def forecast(steps: Any, entropy: Any, floor: float, *, horizon: float) -> Any:
+        asked.update(steps=steps, entropy=entropy, floor=floor, horizon=horizon)
+        return told
+
+    monkeypatch.setattr(entropy_change, "forecast_crossing", forecast)
+    steps = np.arange(1.0, 202.0)
+    entropy = np.full(201, 0.75)  # low edge above it from step 177 on
+    entropy[100:110] = [3, -1] * 5  # out of the band one by one, and within it by their mean
+    entropy[50] = np.nan
+    found = entropy_change.judge_band(steps, entropy, 0.5)
+    assert (asked["steps"][-1], len(asked["entropy"]), asked["horizon"]) == (101, 100, 100)
+    assert asked["floor"] == 0
+    assert found is not None
+    # Step 101 is known, so nine of the ten are ahead; windows end at the last step.
+    assert found["inside"] == pytest.approx((100 - 9 - 25) / 100)
+    assert found["means_inside"] == pytest.approx(0.7)
+    assert found["actual_at_end"] == 0.75
+    end = 196.5
+    assert found["error_at_end"] == pytest.approx(0.5 + 1.5 * (end - 101) / 100 - 0.75)
+    assert found["persistence_at_end"] == pytest.approx((9 * 0.75 + 3) / 10 - 0.75)
+
+
+def test_where_nothing_is_foretold_no_band_is_judged() -> None:
+    steps = np.arange(1.0, 401.0)
+    noise = np.random.default_rng(1).standard_normal(400)
+    for known, entropy in ((0, noise), (400, 1 + 0.1 * noise), (30, 3 - steps[:30] / 100)):
+        assert entropy_change.judge_band(steps[:known], entropy[:known]) is None
+    falling = np.exp(-steps / 100)
+    assert entropy_change.judge_band(steps, falling) is not None
+    assert entropy_change.judge_band(steps, np.where(steps > 69, np.nan, falling), 0.9) is None
 
 
 def test_it_reads_the_log_that_it_is_given_and_leaves_out_one_that_is_not_there(
@@ -99,12 +162,17 @@ def test_it_reads_the_log_that_it_is_given_and_leaves_out_one_that_is_not_there(
     monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "none")])
     assert entropy_change.main() == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["synthetic.json"]
-    capsys.readouterr()
+    assert f"run is left out: there is no log {tmp_path / 'none'};" in capsys.readouterr().out
     log = trained(tmp_path / "run")
     monkeypatch.setattr("sys.argv", [*command, str(log), "--cells", "run"])
     assert entropy_change.main() == 0
-    assert json.loads((tmp_path / "out/run.json").read_text())["log"] == str(log)
+    written = json.loads((tmp_path / "out/run.json").read_text())
+    assert written["log"] == str(log)
     shown = capsys.readouterr().out
+    assert "left out" not in shown
+    for key, value in written["band"].items():
+        assert key in shown
+        assert isinstance(value, str) or f"{value:.3g}" in shown
     for name in ESTIMATES:
         assert f" {name} " in shown
     assert "reached" in shown or "expected" in shown

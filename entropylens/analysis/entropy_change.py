@@ -103,8 +103,9 @@ class Totals:
     measured_steps: int
     predicted: float
     measured: float
-    entropy: float
-    """Mean token entropy at the last step less that at the first; NaN where it is not known."""
+    entropy: tuple[float, float]
+    """Mean token entropy over the first and over the last tenth of those of its steps that lie
+    within: that of one step is one noisy batch. NaN where there are fewer than two."""
     cells: dict[str, float]
     """Parts of the prediction by where they happen: at states whose token is in one of the sign
     cells of `CELLS`, and at others (``no advantage``, or S = N)."""
@@ -294,9 +295,15 @@ def _totals(
         int(chosen.sum()),
         float(np.nansum(predicted[chosen])),
         float(measured[chosen].sum()),
-        float(entropy[-1] - entropy[0]) if is_known else np.nan,
+        _tenths(entropy) if is_known else (np.nan, np.nan),
         cells,
     )
+
+
+def _tenths(values: Floats) -> tuple[float, float]:
+    """Means of the first and of the last tenth, of one value at least."""
+    count = max(len(values) // 10, 1)
+    return float(values[:count].mean()), float(values[-count:].mean())
 
 
 def _token_names(rows: pd.DataFrame) -> dict[Any, str]:

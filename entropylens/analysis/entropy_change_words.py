@@ -94,11 +94,13 @@ def _total(found: EntropyChanges) -> str:
             f"; {totals.measured_steps:,} of {totals.last - totals.first:,} updates were measured, "
             f"and all of them, were they alike, come to {totals.measured / totals.share:+.3g} nats"
         )
-    if np.isnan(totals.entropy):
+    first, last = totals.entropy
+    if np.isnan(first):
         return f"{said}."
     return (
-        f"{said}. Mean token entropy changed by {totals.entropy:+.3g} nats meanwhile: that is of "
-        f"new rollouts, and moves as the prompts and the states visited change too."
+        f"{said}. Mean token entropy went from {first:.3g} to {last:.3g} nats meanwhile (means of "
+        f"the first and the last tenth of its measured steps): that is of new rollouts, and moves "
+        f"as the prompts and the states visited change too."
     )
 
 
