@@ -76,7 +76,7 @@ def trained(path: Path) -> Path:
 def test_a_log_is_read_as_it_was_planted(tmp_path: Path) -> None:
     found = entropy_change.run(trained(tmp_path / "run"))
     assert list(found["estimates"]) == list(ESTIMATES)
-    assert set(ESTIMATES) == {"exact", *ESTIMATORS}
+    assert set(ESTIMATES) == {"exact", "extrapolated", *ESTIMATORS}
     for one in found["estimates"].values():
         assert [one["correlation"], one["slope"]] == pytest.approx([1, 1], abs=1e-5)
         assert one["at_states"] is None

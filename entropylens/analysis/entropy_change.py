@@ -38,6 +38,7 @@ ENTROPY: Final = "entropy/token/mean"
 STATES: Final = "entropy/change/state/correlation"
 ESTIMATES: Final[Mapping[str, tuple[str, int]]] = {
     "exact": (PREDICTED, 1),
+    "extrapolated": ("entropy/change/extrapolated", 1),
     "discriminator": ("entropy/change/estimate/discriminator", 1),
     "steer": ("entropy/change/estimate/steer", 1),
     "natural_gradient": ("covariance/within/mean", -1),

@@ -9,6 +9,8 @@ from entropylens.figures.change import cell_figure, course_figure, step_figure
 
 __all__ = ["change_figures", "change_rows", "change_sentences"]
 
+_IN_NATS: Final = ("exact", "extrapolated")
+"""Estimates that are changes of the entropy themselves, with no slope of their own to find."""
 _CANCELLED: Final = 0.2
 """Share of what pulled to either side; a total below it has no parts worth a percentage."""
 
@@ -60,7 +62,7 @@ def change_rows(found: EntropyChanges) -> list[list[str]]:
 
     Returns:
         Estimate, steps, correlation and its interval, rank correlation, slope and its interval,
-        what the identity explains (of the exact one alone: the others have another unit), and the
+        what the identity explains (of the first two alone: the others have another unit), and the
         correlation over the states of a step.
     """
     rows = []
@@ -74,7 +76,7 @@ def change_rows(found: EntropyChanges) -> list[list[str]]:
                 f"{one.rank_correlation:.3f}",
                 f"{one.slope:#.3g}",
                 _between(one.slope_interval, "#.3g"),
-                f"{one.identity:.3f}" if one.name == "exact" else "-",
+                f"{one.identity:.3f}" if one.name in _IN_NATS else "-",
                 f"{one.at_states:.3f}" if np.isfinite(one.at_states) else "-",
             ]
         )
@@ -105,17 +107,24 @@ def _total(found: EntropyChanges) -> str:
 
 
 def _identity(found: EntropyChanges) -> list[str]:
-    exact = next((one for one in found.agreements if one.name == "exact"), None)
+    by_name = {one.name: one for one in found.agreements}
+    exact, extrapolated = by_name.get("exact"), by_name.get("extrapolated")
     if exact is None:
         return []
     equal = f"that they are equal explains {exact.identity:.1%} of what was measured"
     if not exact.identity > 0:
         equal = "a constant is closer to what was measured: the updates go beyond first order"
-    return [
+    said = (
         f"Step by step, measured and predicted change of the entropy have a correlation of "
         f"{exact.correlation:.3f} ({LEVEL:.0%}: {_between(exact.correlation_interval, '.3f')}) and "
         f"a slope of {exact.slope:#.3g} ({_between(exact.slope_interval, '#.3g')}); {equal}."
-    ]
+    )
+    if extrapolated is not None and extrapolated.identity > 0:
+        said += (
+            f" With first-order logits and the softmax taken exactly it is "
+            f"{extrapolated.identity:.1%}, at a slope of {extrapolated.slope:#.3g}."
+        )
+    return [said]
 
 
 def _cells(found: EntropyChanges) -> list[str]:
@@ -145,7 +154,7 @@ def _cells(found: EntropyChanges) -> list[str]:
 
 
 def _rivals(found: EntropyChanges) -> list[str]:
-    rivals = [one for one in found.agreements if one.name != "exact"]
+    rivals = [one for one in found.agreements if one.name not in _IN_NATS]
     if not rivals:
         return []
     best = max(rivals, key=lambda one: one.correlation)

@@ -227,7 +227,7 @@ class EntropyChange(Diagnostic):
         kinds = ("predicted", "measured", "extrapolated", "exact/share")
         names = [f"entropy/change/{name}" for name in kinds]
         blocks = [Block.metrics(names, torch.cat([means, exact]).float(), weight=total)]
-        estimates = {EXACT: predicted}
+        estimates = {EXACT: predicted, "extrapolated": extrapolated}
         if reading.advantage is not None:
             parts = _parts(reading, logprob, entropy, expected)
             estimates |= {name: find(parts).to(weight.dtype) for name, find in ESTIMATORS.items()}

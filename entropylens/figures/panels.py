@@ -96,6 +96,7 @@ PANELS: Final = (
         "Entropy change in a step",
         (
             Shown("entropy/change/predicted", "predicted", "blue"),
+            Shown("entropy/change/extrapolated", "extrapolated", "green"),
             Shown("entropy/change/measured", "measured", "orange"),
         ),
     ),

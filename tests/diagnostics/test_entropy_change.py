@@ -261,5 +261,5 @@ def test_no_more_logits_than_a_block_are_ever_in_float64(monkeypatch: pytest.Mon
 def test_outside_of_reinforcement_learning_the_exact_direction_stands_alone() -> None:
     found, _ = values_of(replace(probe(), advantage=None, log_ratio=None, clip=None))
     modules = {module for name, module in found if name == "entropy/change/state/correlation"}
-    assert modules == {"exact"}
+    assert modules == {"exact", "extrapolated"}
     assert not any("/at/" in name for name, _ in found)
