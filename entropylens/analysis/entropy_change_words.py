@@ -121,8 +121,8 @@ def _identity(found: EntropyChanges) -> list[str]:
     )
     if extrapolated is not None and extrapolated.identity > 0:
         said += (
-            f" With first-order logits and the softmax taken exactly it is "
-            f"{extrapolated.identity:.1%}, at a slope of {extrapolated.slope:#.3g}."
+            f" With first order in the network alone and the softmax taken exactly, equality "
+            f"explains {extrapolated.identity:.1%}, at a slope of {extrapolated.slope:#.3g}."
         )
     return [said]
 
