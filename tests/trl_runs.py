@@ -19,8 +19,9 @@ def trained(trainer: Any, folder: Path, **options: Any) -> el.Run:
 
 
 def series(run: el.Run, name: str, module: str = "") -> dict[int, float]:
-    """Values by step; there is one a step."""
-    rows = [r for r in run.metrics(name).to_arrow().to_pylist() if r["module"] == module]
+    """Values by step, without evaluations; there is one a step."""
+    rows = run.metrics(name).to_arrow().to_pylist()
+    rows = [r for r in rows if r["module"] == module and r["phase"] != "eval"]
     found = {row["step"]: row["value"] for row in rows}
     assert len(found) == len(rows), "one row a step"
     return found

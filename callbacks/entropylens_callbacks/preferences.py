@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entropylens.capture.forward import Hook, in_backward
+from entropylens.capture.policy import on_device
 from entropylens.diagnostics._summaries import wide_dtype
 from entropylens.registry import PreferenceReading
 
@@ -160,6 +161,6 @@ def _reading(
     return PreferenceReading(
         chosen=chosen,
         paired=label is None,
-        reference_logprob=None if reference is None else reference.detach().to(some.device),
+        reference_logprob=None if reference is None else on_device(reference, some.device),
         **policy,
     )

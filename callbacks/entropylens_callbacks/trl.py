@@ -181,15 +181,17 @@ class PolicyWatch:
         trainer, options = self._trainer, self._options
         self._rollout = None
         ids = output["completion_ids"]
-        rows, device = ids.shape[0], ids.device
+        rows = ids.shape[0]
         index, size = trainer.accelerator.process_index, trainer.num_generations
         logs, names = trainer._logs, _apart(trainer.reward_func_names)
         rewards, self._rewards = self._rewards, None
         assert rewards is not None
-        table = rewards.detach().float().T.to("cpu")
-        weights = trainer.reward_weights.to("cpu")[:, None]
+        table = rewards.detach().float().T
+        device = table.device
+        weights = _moved(trainer.reward_weights, device)[:, None]
         total = (table * weights).nansum(0).masked_fill(table.isnan().all(0), torch.nan)
-        judged = total if len(names) == 1 else torch.full_like(total, torch.nan)
+        is_known = len(names) == 1 or options.correct_by is not None
+        judged = total if is_known else torch.full_like(total, torch.nan)
         if options.correct_by is not None:
             judged = table[names.index(options.correct_by)]
         correct = (judged >= options.correct_from).float().masked_fill(judged.isnan(), torch.nan)
@@ -198,12 +200,13 @@ class PolicyWatch:
         )
         own = slice(index * rows, (index + 1) * rows)
         count = len(total) // size
-        group = torch.arange(len(total)) // size + self._groups
+        group = torch.arange(len(total), device=device) // size + self._groups
+        numbers = range(self._groups, self._groups + count)
         self._groups += count
         pass_rate = correct.view(-1, size).mean(1).repeat_interleave(size)
         known = {"reward": total, "correct": correct, "pass_rate": pass_rate, "group": group}
         self._rollout = _Rollout(
-            columns={name: _moved(column[own], device) for name, column in known.items()},
+            columns={name: column[own] for name, column in known.items()},
             prompts=prompts[own],
             completions=completions[own],
             noted=[found[0] for found in scored],
@@ -211,25 +214,25 @@ class PolicyWatch:
         output[_ROW] = torch.arange(rows, device=device)
         output[_TEXT_ROW] = [*range(rows)]
         self._names = [
-            self._name(number, prompt)
-            for number, prompt in zip(group[own].tolist(), prompts[own], strict=True)
+            self._name(numbers[own.start // size + at // size], prompt)
+            for at, prompt in enumerate(prompts[own], start=own.start % size)
         ]
         whole = rows % size == 0
         kept = own if whole else slice(None)
         told: dict[str, Any] = {}
         if whole or index == 0:
-            numbers = dict[str, int]()
+            seen = dict[str, int]()
             answers = [self._answer(text) for text in completions[kept]]
-            answer = [numbers.setdefault(text, len(numbers)) for text in answers]
+            answer = [seen.setdefault(text, len(seen)) for text in answers]
             told = {
                 "group_size": size,
-                "group": _moved(group[kept], device),
-                "reward": _moved(total[kept], device),
-                "rewards": {n: _moved(r[kept], device) for n, r in zip(names, table, strict=True)},
+                "group": group[kept],
+                "reward": total[kept],
+                "rewards": {n: column[kept] for n, column in zip(names, table, strict=True)},
                 "answer": _moved(torch.tensor(answer), device),
             }
-            if not bool(judged.isnan().all()):
-                told["correct"] = _moved(correct[kept], device)
+            if is_known:
+                told["correct"] = correct[kept]
         lens.watch.take_rollout(RolloutReading(**told, **self._of_tokens(output), seconds=seconds))
 
     def _name(self, group: int, prompt: str) -> str:
@@ -366,7 +369,9 @@ def _apart(names: Sequence[str]) -> list[str]:
 
 
 def _moved(column: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, for which the host does not wait."""
+    """A column of the host on a device, for which the host does not wait."""
+    if column.device == device:
+        return column
     if device.type == "cuda":
         return column.pin_memory().to(device, non_blocking=True)
     return column.to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropylens.capture.tokens import FusedTokens, Grid, LogitTokens, TokenSlice, TokenSource
 from entropylens.registry import PolicyReading, TokenReading
 
-__all__ = ["RATIO_LEVELS", "PolicyBatch", "delimited", "join_policies", "shown_tokens"]
+__all__ = ["RATIO_LEVELS", "PolicyBatch", "delimited", "join_policies", "on_device", "shown_tokens"]
 
 RATIO_LEVELS: Final = ("token", "sequence", "product")
 _OF_TOKENS: Final = (
@@ -118,7 +118,7 @@ class PolicyBatch:
             value = getattr(self, name)
             if value is None:
                 continue
-            value = value.detach().to(device)
+            value = on_device(value, device)
             value = value[:, None] if value.ndim == 1 else value
             if value.shape[1] == 1:
                 value = value.expand(-1, shape[1])
@@ -151,7 +151,13 @@ class PolicyBatch:
     def sequence_columns(self, device: torch.device) -> dict[str, Tensor]:
         """Columns of the sequences, by name; what is not known is left out."""
         found = {name: getattr(self, name) for name in _OF_SEQUENCES}
-        return {n: value.detach().to(device) for n, value in found.items() if value is not None}
+        return {n: on_device(value, device) for n, value in found.items() if value is not None}
+
+
+def on_device(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor without its graph on a device: itself, where it is there already."""
+    value = value.detach()
+    return value if value.device == device else value.to(device)
 
 
 def shown_tokens(
