@@ -22,6 +22,8 @@ NAMES: Final = (
     "overhead/fraction",
 )
 """Series that the sentences speak of."""
+_REWARDS: Final = (Key("reward/mean", "", "rollout"), Key("framework/reward", "", "train"))
+"""A policy's: its loss lies near 0 whatever happens, and is not spoken of."""
 _MOST: Final = 4000
 """Points of a series that are looked at."""
 
@@ -39,18 +41,21 @@ def findings(readings: Readings, run: Run) -> list[str]:
     Raises:
         EntropyLensError: Reading took too long.
     """
-    found, _ = readings.look(run, [Key(name, "", "train") for name in NAMES])
+    found, _ = readings.look(run, [*(Key(name, "", "train") for name in NAMES), *_REWARDS])
     curves = {key.name: _curve(key.name, stretch) for key, stretch in found.items()}
     loss, rate = curves.get("loss/mean"), curves.get("learning_rate")
+    rollout = {name: curve for name, curve in curves.items() if name == "reward/mean"}
+    is_policy = bool(rollout) or "framework/reward" in curves
     overview = Overview(
         run,
         run.state(),
         curves,
         {},
-        [] if loss is None else find_spikes(loss.steps, loss.values),
+        [] if loss is None or is_policy else find_spikes(loss.steps, loss.values),
         [] if rate is None else find_jumps(rate.steps, rate.values),
         None,
         events=events(run),
+        rollout=rollout,
     )
     said = sentences(overview)
     if any(len(curves[key.name].steps) < stretch.total for key, stretch in found.items()):

@@ -69,6 +69,11 @@ class Overview:
     changes: EntropyChanges | None = None
     """Of a run that measured what its updates did to the entropy."""
 
+    @property
+    def reward(self) -> Curve | None:
+        """Mean reward by step, of a run that has one."""
+        return self.rollout.get("reward/mean") or self.curves.get("framework/reward")
+
     def curves_of(self, phase: str) -> dict[str, Curve]:
         """Series of a phase, by metric name."""
         return {"eval": self.evaluation, "rollout": self.rollout}.get(phase, self.curves)
@@ -215,11 +220,12 @@ def _took(found: Overview) -> str:
 
 def _losses(found: Overview) -> list[str]:
     loss = found.curves.get("loss/mean")
-    said = [] if found.policy is None else [_reward(found.policy.reward)]
+    reward = found.reward
+    said = [] if reward is None else [_reward(reward.values)]
     if loss is None or not np.isfinite(loss.values).any():
         return said if loss is None else [*said, "Not one loss was a finite number."]
     finite = np.isfinite(loss.values)
-    if found.policy is None:
+    if reward is None:
         lowest = int(loss.steps[finite][np.argmin(loss.values[finite])])
         said.append(
             f"The loss went from {number(loss.values[0])} to {number(loss.values[-1])}; "
@@ -245,6 +251,9 @@ def _losses(found: Overview) -> list[str]:
 
 
 def _reward(reward: NDArray[np.float64]) -> str:
+    reward = reward[np.isfinite(reward)]
+    if not len(reward):
+        return "Not one reward was a finite number."
     tenth = max(len(reward) // 10, 1)
     return (
         f"Mean reward went from {number(float(reward[:tenth].mean()))} to "
