@@ -27,8 +27,9 @@ class Updates:
     """Keeps states of a step's batch and asks the model about them when the step has updated it.
 
     After a look that took ``t`` seconds the next one waits for ``t / (SHARE max_overhead)`` seconds
-    of steps, whatever the schedule says. A model that raises is not asked again, and an event says
-    why.
+    of steps, whatever the schedule says; over that time the look is charged to the budget, which
+    would take it for a burst and thin everything else. A model that raises is not asked again, and
+    an event says why.
 
     Args:
         session: Of the run.
@@ -41,6 +42,8 @@ class Updates:
         self._session, self._temperature = session, temperature
         self._probe: UpdateProbe | None = None
         self._waits_until = 0
+        self._owed = self._paid_at = 0.0
+        """Seconds of looking that the budget has not been charged with yet, and since when."""
 
     def ask(self, model: nn.Module, optimizers: int, number: int) -> bool:
         """Ask this model, from step ``number`` on, if it is one that can be asked.
@@ -108,7 +111,19 @@ class Updates:
             self._give_up(f"{type(error).__name__}: {said}", number)
             return
         self._session.measure("probe", lambda: found)
-        limit = self._session.budget.max_overhead
-        if limit is not None and self.step_seconds:
-            steps = (perf_counter() - began) / (SHARE * limit * self.step_seconds)
+        budget, took = self._session.budget, perf_counter() - began
+        if budget.max_overhead is not None and self.step_seconds:
+            steps = took / (SHARE * budget.max_overhead * self.step_seconds)
             self._waits_until = number + int(steps) + 1
+            # The hook that we run in is charged with all of its time when it ends.
+            budget.spend(-took)
+            self._owed, self._paid_at = self._owed + took, perf_counter()
+
+    def pay(self) -> None:
+        """Charge the budget with the part of looking that is due by now, at the end of a step."""
+        budget = self._session.budget
+        if self._owed and budget.max_overhead is not None:
+            now = perf_counter()
+            part = min(self._owed, SHARE * budget.max_overhead * (now - self._paid_at))
+            budget.spend(part)
+            self._owed, self._paid_at = self._owed - part, now

@@ -358,6 +358,7 @@ class Watch:
         """Measure what the step in progress gathered."""
         opened, session = self._open, self._session
         self._updates.step_seconds = seconds
+        self._updates.pay()
         try:
             self._drop_taps(is_loss_shown=loss is not None)
             self._note_skipped(stamp)
