@@ -30,12 +30,11 @@ from rich.table import Column, Table
 from scipy.stats import spearmanr
 
 from entropylens.analysis.entropy_change import read_entropy_change
-from entropylens.analysis.entropy_law import FLOOR
 from entropylens.analysis.overview import read_curves
 from entropylens.diagnostics._estimators import ESTIMATORS, TokenParts
 from entropylens.errors import EntropyLensError
 from entropylens.rules.blocks import Floats, straight
-from entropylens.rules.forecast import forecast_crossing, score_forecasts
+from entropylens.rules.forecast import FLOOR, forecast_crossing, score_forecasts
 from entropylens.store.reader import open_run
 
 EXPONENTS = (0.6, 3.45)

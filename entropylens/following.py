@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from entropylens.rules.agreement import Agreement
 from entropylens.rules.entropy_law import LEAST_STEPS, EntropyLaw, fit_entropy_law, pair_by_step
-from entropylens.rules.forecast import CrossingForecast, forecast_crossing
+from entropylens.rules.forecast import FLOOR, CrossingForecast, forecast_crossing
 
 __all__ = ["Followed", "Followers"]
 
@@ -22,8 +22,6 @@ SECONDS: Final = 10.0
 SHARE: Final = 0.003
 """Of wall time that fits take at most: after a slow one the next waits longer."""
 REPETITIONS: Final = 200
-FLOOR: Final = 0.1
-"""Nats; the names ``forecast/floor/...`` are defined for it."""
 _ENTROPY: Final = "entropy/token/mean"
 _OWN: Final = {_ENTROPY: "mean", "entropy/token/std": "std", "entropy/token/count": "count"}
 _THEIRS: Final = "framework/entropy"

@@ -9,10 +9,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropylens.capture.policy import PolicyBatch, delimited
 from entropylens.registry import RolloutReading
+from entropylens_callbacks.sampling import draws_whole
 
 if TYPE_CHECKING:
     from entropylens_callbacks.transformers import EntropyLensCallback
@@ -29,13 +30,6 @@ _TESTED: Final = "1.16"
 _THINKING_END: Final = "</think>"
 _TEXT_ROW: Final = "entropylens_text_row"
 _LONGEST_NAME: Final = 80
-_CHANGES_WHAT_IS_DRAWN: Final = (
-    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id",
-    "forced_eos_token_id", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "typical_p",
-    "epsilon_cutoff", "eta_cutoff", "sequence_bias", "min_length", "min_new_tokens",
-    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "top_h",
-)  # fmt: skip
-"""Settings of a model's own generation that TRL does not set anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +145,7 @@ class PolicyWatch:
 
     def begin(self) -> None:
         """Look at what does not change while training: how tokens are drawn."""
-        self._draws_whole = _draws_whole(self._trainer)
+        self._draws_whole = draws_whole(self._trainer)
 
     def _noting(self, score: Any) -> Any:
         """Have log-probabilities that are computed while generating noted: RLOO hands none on."""
@@ -346,23 +340,6 @@ class PolicyWatch:
         return self._draws_whole and is_now and "tool_mask" not in inputs
 
 
-def _draws_whole(trainer: Any) -> bool:
-    """Whether completions are drawn by the model itself, with nothing cut off or pushed."""
-    own = getattr(trainer.model, "generation_config", None)
-    return (
-        not getattr(trainer, "use_vllm", False)
-        and getattr(trainer, "rollout_func", None) is None
-        and getattr(trainer, "top_p", 1.0) in (None, 1.0)
-        and getattr(trainer, "top_k", 0) in (None, 0)
-        and not getattr(trainer, "min_p", None)
-        and getattr(trainer, "repetition_penalty", 1.0) in (None, 1.0)
-        and not getattr(trainer.args, "generation_kwargs", None)
-        and not getattr(trainer, "mask_truncated_completions", False)
-        and all(getattr(own, n, None) in (None, 0, 1.0, [], {}) for n in _CHANGES_WHAT_IS_DRAWN)
-        and not _has_dropout(trainer.model)
-    )
-
-
 def _apart(names: Sequence[str]) -> list[str]:
     """Names of reward functions; one that was there before has its number behind it."""
     return [name if name not in names[:at] else f"{name}_{at + 1}" for at, name in enumerate(names)]
@@ -375,19 +352,6 @@ def _moved(column: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return column.pin_memory().to(device, non_blocking=True)
     return column.to(device)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether two forwards of a training model differ: what drew a token is not what scores it."""
-    found = (value for module in model.modules() for value in _dropouts(module))
-    return any(value > 0 for value in found)
-
-
-def _dropouts(module: nn.Module) -> list[float]:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return [module.p]
-    named = (v for n, v in vars(module).items() if n.endswith(("dropout", "dropout_p")))
-    return [float(v) for v in named if isinstance(v, int | float)]
 
 
 def _token_ids(tokenizer: Any, text: str | None) -> list[int]:

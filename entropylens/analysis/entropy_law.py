@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from entropylens.figures.law import forecast_figure, law_figure
 from entropylens.rules.entropy_law import EntropyLaw, fit_entropy_law, pair_by_step
 from entropylens.rules.forecast import (
+    FLOOR,
     CrossingForecast,
     ForecastScore,
     forecast_crossing,
@@ -18,8 +19,6 @@ from entropylens.rules.forecast import (
 
 __all__ = ["EntropyAndReward", "law_figures", "law_sentences", "read_entropy_law", "score_rows"]
 
-FLOOR: Final = 0.1
-"""Nats below which a policy's entropy is called gone."""
 _GRID: Final = 100
 
 

@@ -190,7 +190,7 @@ class UpdateProbe:
                 return found[0], found[1]
             except torch.OutOfMemoryError:
                 raise
-            except (NotImplementedError, RuntimeError):
+            except RuntimeError:
                 self._has_forward_mode = False
         ahead, behind = (
             logits({n: w + sign * _DIFFERENCE * direction[n] for n, w in weights.items()})

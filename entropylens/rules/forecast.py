@@ -10,8 +10,17 @@ from numpy.typing import NDArray
 from entropylens.dictionary import Metric
 from entropylens.rules.blocks import Floats, Line, fit_line, straight
 
-__all__ = ["METRICS", "CrossingForecast", "ForecastScore", "forecast_crossing", "score_forecasts"]
+__all__ = [
+    "FLOOR",
+    "METRICS",
+    "CrossingForecast",
+    "ForecastScore",
+    "forecast_crossing",
+    "score_forecasts",
+]
 
+FLOOR: Final = 0.1
+"""Nats below which a policy's entropy is called gone."""
 LEAST_STEPS: Final = 30
 """Values below which nothing is forecast."""
 REACH: Final = 3.0
