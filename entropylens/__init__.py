@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from entropylens.control.step_bound import StepBound as StepBound
     from entropylens.errors import EntropyLensError as EntropyLensError
     from entropylens.lens import Lens as Lens
     from entropylens.registry import Diagnostic as Diagnostic
@@ -26,6 +27,7 @@ _HOME = {
     "Lens": "entropylens.lens",
     "Run": "entropylens.store.reader",
     "Schedule": "entropylens.schedule",
+    "StepBound": "entropylens.control.step_bound",
     "all_diagnostics": "entropylens.registry",
     "diagnostic": "entropylens.registry",
     "list_runs": "entropylens.store.reader",
@@ -38,6 +40,7 @@ __all__ = [
     "Lens",
     "Run",
     "Schedule",
+    "StepBound",
     "__version__",
     "all_diagnostics",
     "diagnostic",

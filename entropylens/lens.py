@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -13,9 +14,12 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from entropylens.bounding import Bounding
 from entropylens.budget import MAX_OVERHEAD, Budget
+from entropylens.capture.call import Call
 from entropylens.capture.optimizer import named_optimizers
 from entropylens.capture.policy import PolicyBatch, shown_tokens
+from entropylens.control import StepBound
 from entropylens.joining import open_writer, place_of, tokens_seen
 from entropylens.records import Phase, check_metric_name
 from entropylens.registry import (
@@ -91,9 +95,12 @@ class Lens:
         rank: Of this process; by default torch.distributed's. Given, ranks do not meet: each needs
             the same new ``run_dir``.
         world_size: Number of processes; by default torch.distributed's.
+        control: Bounds the steps of the model's one optimiser, or in shadow mode says what it would
+            have done; None leaves them alone.
 
     Raises:
-        ValueError: An unknown preset or diagnostic (with the nearest name), or a bad number.
+        ValueError: An unknown preset or diagnostic (with the nearest name), a bad number, or
+            ``control`` without a model and one optimiser.
         TypeError: ``optimizer`` is not one.
         EntropyLensError: The run directory cannot be used (a file, not writable, in use, newer), or
             rank 0 has not opened it.
@@ -119,6 +126,7 @@ class Lens:
         reads: Sequence[nn.Module] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        control: StepBound | None = None,
     ) -> None:
         chosen = check_preset("Lens", preset)
         if isinstance(rows, str):
@@ -139,6 +147,7 @@ class Lens:
             "max_overhead": max_overhead,
             "temperature": temperature,
             "seed": seed,
+            "control": None if control is None else asdict(control),
             "model": None if model is None else type(model).__name__,
             "parameters": None if model is None else sum(p.numel() for p in model.parameters()),
             "optimizer": ", ".join(type(one).__name__ for one in optimizers.values()) or None,
@@ -157,7 +166,7 @@ class Lens:
             name=name,
             config=settings,
         )
-        self._asked = asked.absolute()
+        self._asked, self._model = asked.absolute(), model
         device = _device_of(model)
         self._session = Session(writer, schedules, budget, device, decode)
         self.watch = Watch(
@@ -170,6 +179,18 @@ class Lens:
             self._restore(writer, state)
             for module in ([model] if model is not None else []) if reads is None else reads:
                 self.watch.tap(module)
+            if control is not None and control.mode != "off":
+                # Before the taps: what they see of an update is what is kept of it.
+                bounding = Bounding(
+                    self._session,
+                    model,
+                    optimizers,
+                    control,
+                    temperature=temperature,
+                    seed=seed,
+                    state=None if state is None else state.get("control"),
+                )
+                self.watch.bound(bounding)
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
             self.watch.tap_optimizers(optimizers, names)
             if model is not None and any(known[n].reads == "probe" for n in schedules):
@@ -203,6 +224,7 @@ class Lens:
         shift: bool = False,
         loss_is_sum: bool = False,
         optimizer: str = "",
+        gradient_norm: Tensor | float | None = None,
     ) -> None:
         """Show one micro-batch; call it once for each before `step`.
 
@@ -220,12 +242,16 @@ class Lens:
             loss_is_sum: The loss is this micro-batch's share of the step's, to be added up, not a
                 mean of its own.
             optimizer: Name of the optimiser that follows this loss, where each of several has one.
+            gradient_norm: Before clipping, where ``control`` is to know it before the optimiser
+                steps.
 
         Raises:
             ValueError: In the first step only: shapes do not fit. Later it is a counted fault.
         """
         if not self._session.due:
             return
+        if gradient_norm is not None:
+            self.watch.take_gradient_norm(gradient_norm, optimizer)
         self._session.aside(
             "observe",
             lambda: self.watch.observe(
@@ -281,7 +307,9 @@ class Lens:
         def show() -> None:
             source = shown_tokens(logprob, entropy, logits, token_ids, mask)
             policy = PolicyBatch(advantage=advantage, **known)
-            self.watch.observe_policy(source, policy, sample_id, inputs)
+            model = self._model
+            call = Call(module=model, kwargs=inputs) if inputs and model is not None else None
+            self.watch.observe_policy(source, policy, sample_id, call)
 
         self._session.aside("observe_policy", show, raises=True)
         if loss is not None:
@@ -440,6 +468,7 @@ class Lens:
             "run_dir": str(self.run_dir.absolute()),
             "run_id": self._session.writer.run_id,
             "tokens_seen": None if seen is None else int(seen),
+            "control": None if self.watch.guard is None else self.watch.guard.state_dict(),
             **self._session.state_dict(),
         }
 

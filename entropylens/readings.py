@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READINGS",
+    "ControlReading",
     "GradientReading",
     "OptimizerReading",
     "PolicyReading",
@@ -219,8 +220,8 @@ class ProbeReading:
     """Whether ``direction`` was differentiated, or taken from a finite difference."""
     weight: Tensor
     """``[m]`` scored tokens that each state stands for; 0 where there is none."""
-    token_id: Tensor
-    """``[m]`` what was sampled there."""
+    token_id: Tensor | None = None
+    """``[m]`` what was sampled there, or is the target; None where that is not known."""
     position: Tensor
     """``[m]`` index among the scored tokens of its sequence."""
     sequence: Tensor
@@ -288,6 +289,19 @@ class OptimizerReading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlReading:
+    """What a controller did to a step; numbers of the host."""
+
+    step_scale: float
+    """Factor that the step was made smaller by, or in shadow mode would have been; 1 is as it
+    came, 0 no step."""
+    looks: int
+    """Steps looked at since the run, or its part since a resume, began."""
+    interventions: int
+    """Steps made smaller or left out since then."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReading:
     """What is known at the end of an optimiser step without looking at a tensor's content."""
 
@@ -323,5 +337,6 @@ READINGS: Final[Mapping[str, type]] = {
     "gradients": GradientReading,
     "update": UpdateReading,
     "step": StepReading,
+    "control": ControlReading,
 }
 """What a diagnostic may read, by the word it is declared with."""

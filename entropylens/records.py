@@ -62,6 +62,7 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
         ("covariance", pa.float32()),
         ("predicted_entropy_change", pa.float32()),
         ("selection", pa.string()),
+        ("ghost_ratio", pa.float32()),
     ),
     "samples": _schema(
         ("sample_id", pa.string()),

@@ -21,6 +21,7 @@ from entropylens.dictionary import Metric
 from entropylens.errors import unknown_name
 from entropylens.readings import (
     READINGS,
+    ControlReading,
     GradientReading,
     OptimizerReading,
     PolicyReading,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "READINGS",
     "Block",
+    "ControlReading",
     "Diagnostic",
     "GradientReading",
     "Lists",

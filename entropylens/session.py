@@ -29,6 +29,8 @@ LOOK_SECONDS: Final = 0.1
 UNTIMED_SECONDS: Final = 4e-6
 """What every step costs beyond what we time within: being called at all, by the loop and by hooks,
 with caches that the training has filled. Timed from outside on a step of a millisecond."""
+CONTROL: Final = "control"
+"""Stands among what is due where a controller sees every step."""
 _NEVER: Final = 1 << 62
 _ALWAYS_READ: Final = frozenset(("tokens", "gradients", "update", "step"))
 """Readings of any training; the others make nothing due before somebody expects them."""
@@ -65,6 +67,8 @@ class Session:
         self.wakes_at = 0.0
         """On the clock of `time.perf_counter`: from then on a step in which nothing is due must be
         ended all the same, because rows wait to be flushed or the cost to be reviewed."""
+        self.looks_at_every_step = False
+        """Whether every step is to be seen though no diagnostic is due: a controller asks."""
         self.followers = Followers() if writer.rank == 0 else None
         """Laws and forecasts of the numbers delivered here; of rank 0's alone."""
         self._schedules = {known[name].name: schedule for name, schedule in schedules.items()}
@@ -98,9 +102,9 @@ class Session:
         """Decide which diagnostics are due in step ``number``."""
         if self._decided < number < self._next_due:
             if self.due:
-                self.due = {}
+                self.due = self._nothing()
             return
-        self._decided, self.due = number, {}
+        self._decided, self.due = number, self._nothing()
         following = []
         for name, schedule in self._schedules.items():
             found, budget = self._diagnostics[name], self.budget
@@ -117,6 +121,9 @@ class Session:
                 self.due.setdefault(found.reads, []).append(found)
             following.append(later)
         self._next_due = min(following, default=_NEVER)
+
+    def _nothing(self) -> dict[str, list[Diagnostic]]:
+        return {CONTROL: []} if self.looks_at_every_step else {}
 
     def expect(self, number: int, *reads: str) -> None:
         """Have diagnostics of these readings be due, from step ``number`` on: they will come."""
@@ -241,7 +248,7 @@ class Session:
             self.writer.cpu_seconds,
             slots,
             vitals="step" in self.due,
-            others=bool(self.due.keys() - {"step"}),
+            others=bool(self.due.keys() - {"step", CONTROL}),
         )
         if review is None:
             return

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
 
+from entropylens.capture.asking import obstacle
 from entropylens.capture.policy import PolicyBatch
-from entropylens.capture.probe import UpdateProbe, probe_obstacle
+from entropylens.capture.probe import Batch, UpdateProbe
 from entropylens.capture.tokens import TokenSource
 from entropylens.registry import UpdateReading
 from entropylens.session import Session
@@ -20,7 +21,15 @@ __all__ = ["Updates"]
 SHARE: Final = 1 / 3
 """Of the limit of overhead, that looking at updates may take: it is rare and long, and would
 otherwise have everything else thinned."""
-_CANNOT: Final = "no entropy/change: the model cannot be asked what updates do to it: {}"
+_CANNOT: Final = (
+    "no entropy/change and no ghost/*: the model cannot be asked what updates do to it: {}"
+)
+
+_METHODS: Final = {
+    True: "derivatives along updates are differentiated (forward mode)",
+    False: "derivatives along updates are central finite differences: an operation has no forward "
+    "derivative",
+}
 
 
 class Updates:
@@ -41,7 +50,8 @@ class Updates:
         """Of the step before, without evaluation."""
         self._session, self._temperature = session, temperature
         self._probe: UpdateProbe | None = None
-        self._waits_until = 0
+        self._is_exact: bool | None = None
+        self._number = self._waits_until = 0
         self._owed = self._paid_at = 0.0
         """Seconds of looking that the budget has not been charged with yet, and since when."""
 
@@ -56,17 +66,20 @@ class Updates:
         Returns:
             Whether it is.
         """
-        obstacle = probe_obstacle(model)
-        if obstacle is None and optimizers != 1:
-            obstacle = f"{optimizers} optimisers train it" if optimizers else ""
-        if obstacle is None:
+        if not optimizers:
+            return False
+        reason = obstacle(model)
+        if reason is None and optimizers != 1:
+            reason = f"{optimizers} optimisers train it"
+        if reason is None:
             self._probe = UpdateProbe(model)
-        elif obstacle:
-            self._session.writer.event("capture", _CANNOT.format(obstacle), step=number)
-        return obstacle is None
+        else:
+            self._session.writer.event("capture", _CANNOT.format(reason), step=number)
+        return reason is None
 
-    def clear(self) -> None:
+    def begin(self, number: int) -> None:
         """Begin a step: forget the last one's states."""
+        self._number = number
         if self._probe is not None:
             self._probe.clear()
 
@@ -75,32 +88,37 @@ class Updates:
         """Whether states were kept in the step in progress."""
         return self._probe is not None and not self._probe.is_empty
 
+    @property
+    def wants_states(self) -> bool:
+        """Whether states are to be kept in the step in progress, and none are yet."""
+        is_due = "probe" in self._session.due and self._number >= self._waits_until
+        return is_due and self._probe is not None and self._probe.is_empty
+
     def keep(
         self,
-        number: int,
-        inputs: Mapping[str, Any] | None,
-        source: TokenSource,
+        batch: Batch | None,
+        source: TokenSource | None,
         policy: PolicyBatch | None,
         sample_ids: Sequence[str] | None,
         generator: torch.Generator,
     ) -> None:
-        """Keep states of a training forward, the first of a step in which that is due."""
-        is_due = "probe" in self._session.due and number >= self._waits_until
-        if not is_due or self._probe is None or self.has_states:
+        """Keep states of a training forward, the first of a step in which they are wanted."""
+        probe = self._probe
+        if not self.wants_states or probe is None:
             return
-        if not inputs:
-            self._give_up("its inputs are not shown (inputs= of observe_policy)", number)
-        elif not self._probe.keep(inputs, source, policy, sample_ids, generator):
-            names = ", ".join(inputs)
-            self._give_up(f"a few sequences cannot be cut out of its inputs ({names})", number)
+        if batch is None:
+            self._give_up("its inputs are not shown (inputs= of observe_policy)")
+        elif not probe.keep(batch, source, policy, sample_ids, generator):
+            names = ", ".join(batch.call.kwargs) or "positional ones"
+            self._give_up(f"a few sequences cannot be cut out of its inputs ({names})")
 
-    def _give_up(self, reason: str, number: int) -> None:
+    def _give_up(self, reason: str) -> None:
         """Say once why nothing is told of updates, and have nothing kept for them any more."""
         self._probe = None
         event = self._session.writer.event
-        event("capture", _CANNOT.format(reason), step=number)
+        event("capture", _CANNOT.format(reason), step=self._number)
 
-    def take(self, number: int, update: UpdateReading) -> None:
+    def take(self, update: UpdateReading) -> None:
         """Ask what an update did at the states that were kept; there must be some."""
         probe, began = self._probe, perf_counter()
         assert probe is not None
@@ -108,16 +126,24 @@ class Updates:
             found = probe.reading(update.before, update.after, self._temperature)
         except Exception as error:
             said = " ".join(str(error).split())[:300]
-            self._give_up(f"{type(error).__name__}: {said}", number)
+            self._give_up(f"{type(error).__name__}: {said}")
             return
+        self._tell(found.is_exact)
         self._session.measure("probe", lambda: found)
+        self._waits_until = self._number + 1
         budget, took = self._session.budget, perf_counter() - began
         if budget.max_overhead is not None and self.step_seconds:
             steps = took / (SHARE * budget.max_overhead * self.step_seconds)
-            self._waits_until = number + int(steps) + 1
+            self._waits_until = self._number + int(steps) + 1
             # The hook that we run in is charged with all of its time when it ends.
             budget.spend(-took)
             self._owed, self._paid_at = self._owed + took, perf_counter()
+
+    def _tell(self, is_exact: bool) -> None:
+        """Write how derivatives are taken, when that is known first and when it changes."""
+        if self._is_exact is not is_exact:
+            self._is_exact = is_exact
+            self._session.writer.event("derivative", _METHODS[is_exact], step=self._number)
 
     def pay(self) -> None:
         """Charge the budget with the part of looking that is due by now, at the end of a step."""

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from entropylens.bounding import Bounding
+from entropylens.capture.call import Call
 from entropylens.capture.criterion import CriterionTap
 from entropylens.capture.device import allocated_bytes, resident_bytes
 from entropylens.capture.forward import Forward, ModelTap
+from entropylens.capture.inputs import InputsTap
 from entropylens.capture.micro_batches import MicroBatches, identifiers
 from entropylens.capture.optimizer import OptimizerTap
 from entropylens.capture.policy import PolicyBatch
+from entropylens.capture.probe import Batch
 from entropylens.capture.router import RouterTap
 from entropylens.capture.tokens import LogitTokens, TokenSource
+from entropylens.control import StepGuard
 from entropylens.records import Phase
 from entropylens.registry import (
     Block,
@@ -40,6 +45,8 @@ _SAMPLED_ROWS: Final = 256
 """Tokens a step whose whole distributions are asked how surprising they should be."""
 _OF_TOKENS: Final = frozenset(("tokens", "policy"))
 """Readings that need the tokens measured."""
+_NOT_LIKELIHOOD: Final = frozenset(("policy", "preference"))
+"""Readings of trainings whose losses lower the likelihood of some tokens."""
 _MOST_UNSEEN: Final = 1000
 """Steps without a call of the optimiser, before its first, that are remembered as skipped."""
 
@@ -79,11 +86,15 @@ class Watch:
         self._session, self._device = session, device
         self._temperature, self._seed = temperature, seed
         self._taps: list[ModelTap | CriterionTap] = []
+        self._inputs: InputsTap | None = None
+        self._bounding: Bounding | None = None
         self._routers: list[RouterTap] = []
         self._optimizers: dict[str, OptimizerTap] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seeded: set[torch.device] = set()
         self._unseen: dict[str, list[Stamp]] = {}
+        self._raises_likelihood = True
+        """Whether what the loss wants of a token is its likelihood."""
         self._micro_batches = 1
         self._gradient_norms: dict[str, Tensor | float] = {}
         self._updates = Updates(session, temperature)
@@ -93,6 +104,8 @@ class Watch:
         self._is_shown = False
         self._number = 0
         self._open = MicroBatches()
+        self._call: tuple[Call, Tensor | None] | None = None
+        """What the model was given last in the step in progress, and what it made of it."""
 
     # -- taps --------------------------------------------------------------------------------
 
@@ -109,10 +122,24 @@ class Watch:
     def probe(self, model: nn.Module) -> None:
         """Ask a model what updates do to its distributions, if it is one that can be asked."""
         if self._updates.ask(model, len(self._optimizers), self._number):
+            self._inputs = InputsTap(model, self, self._session.aside)
             self.expect("probe")
+
+    def bound(self, bounding: Bounding) -> None:
+        """Have every step seen by what bounds it."""
+        self._bounding = bounding
+        self._session.looks_at_every_step = True
+        self.expect("control")
+
+    @property
+    def guard(self) -> StepGuard | None:
+        """What bounds the steps, if anything does."""
+        return None if self._bounding is None else self._bounding.guard
 
     def expect(self, *reads: str) -> None:
         """Have diagnostics of these readings be due: of a policy, of its rollouts, of routers."""
+        if not _NOT_LIKELIHOOD.isdisjoint(reads):
+            self._raises_likelihood = False
         self._session.expect(self._number, *reads)
 
     def tap_optimizers(
@@ -126,6 +153,10 @@ class Watch:
     def remove(self) -> None:
         """Take all hooks out."""
         self._remove_taps()
+        if self.guard is not None:
+            self.guard.close()
+        if self._inputs is not None:
+            self._inputs.remove()
         for router in self._routers:
             router.remove()
         self._routers.clear()
@@ -149,12 +180,27 @@ class Watch:
         """Measure a reading of the step in progress."""
         self._session.measure(reads, lambda: reading)
         if isinstance(reading, UpdateReading) and self._updates.has_states:
-            self._updates.take(self._number, reading)
+            self._updates.take(reading)
+
+    def wants_update(self) -> bool:
+        """Whether parameters are to be kept from before the step in progress; asked once in it."""
+        if self._updates.wants_states and self._call is not None:
+            # Its classes were not shown before the step is made.
+            call, logits = self._call
+            if logits is not None:
+                generator = self._generator(logits.device)
+                self._updates.keep(Batch.unscored(call, logits), None, None, None, generator)
+        return "update" in self.due or self._updates.has_states
 
     @property
-    def wants_update(self) -> bool:
-        """Whether parameters are to be kept from before the step in progress."""
-        return "update" in self.due or self._updates.has_states
+    def wants_calls(self) -> bool:
+        """Whether a model's calls are to be told, of the first micro-batch of the step."""
+        return self._updates.wants_states and self.phase is Phase.TRAIN
+
+    def take_call(self, call: Call, logits: Tensor | None) -> None:
+        """Remember what the model was given."""
+        # Of the logits their shape: they would fill memory until the step ends.
+        self._call = call, None if logits is None else logits.new_zeros(()).expand(logits.shape)
 
     def take_rollout(self, reading: RolloutReading) -> None:
         """Take completions generated for the step in progress; they are measured when it ends."""
@@ -180,8 +226,8 @@ class Watch:
         """Take a training forward that a tap saw, unless the loop shows its own logits."""
         if self._is_shown or self.phase is not Phase.TRAIN:
             return
-        if self.reads_loss and forward.loss is not None and "step" in self.due:
-            self._open.add_loss(forward.loss, is_sum=forward.loss_is_sum)
+        if self.reads_loss and forward.loss is not None:
+            self._take_loss(forward.loss, forward.loss_is_sum)
         if forward.tokens is not None and self._reader in (None, forward.tap):
             self._reader = forward.tap
             ids, policy = self.next_sample_ids, self.next_policy
@@ -193,10 +239,15 @@ class Watch:
                     # What the forward shows by itself is measured all the same.
                     self._session.writer.fault("policy", error)
                     policy = None
-            self._take_tokens(forward.tokens, ids, policy, forward.inputs)
+            self._take_tokens(forward.tokens, ids, policy, forward.call)
 
     def take_gradient_norm(self, norm: Tensor | float | None, optimizer: str = "") -> None:
-        """Remember an optimiser's norm before clipping."""
+        """Remember an optimiser's norm before clipping, before the optimiser steps."""
+        if norm is not None and self.guard is not None:
+            self.guard.observe(gradient_norm=norm)
+        self._remember_norm(norm, optimizer)
+
+    def _remember_norm(self, norm: Tensor | float | None, optimizer: str = "") -> None:
         if norm is not None and "step" in self.due:
             self._gradient_norms[optimizer] = norm
 
@@ -262,19 +313,24 @@ class Watch:
         source: TokenSource,
         policy: PolicyBatch,
         sample_id: Sequence[Any] | Tensor | None,
-        inputs: Mapping[str, Any] | None,
+        call: Call | None,
     ) -> None:
         """Take one micro-batch of a policy shown by hand, instead of what the model shows."""
         if not self._is_shown:
             self._is_shown = True
             self._open.drop_tokens()
         policy.check(source.grid.shape)
-        self._take_tokens(source, sample_id, policy, inputs)
+        self._take_tokens(source, sample_id, policy, call)
 
     def _show_loss(self, loss: Tensor, is_sum: bool, optimizer: str) -> None:
         if self.reads_loss:
             self.reads_loss = False
             self._open.losses.clear()
+        self._take_loss(loss, is_sum, optimizer)
+
+    def _take_loss(self, loss: Tensor, is_sum: bool, optimizer: str = "") -> None:
+        if self.guard is not None:
+            self.guard.observe(loss=loss, loss_is_sum=is_sum)
         if "step" in self.due:
             self._open.add_loss(loss, is_sum=is_sum, optimizer=optimizer)
 
@@ -283,12 +339,15 @@ class Watch:
         source: TokenSource,
         sample_id: Sequence[Any] | Tensor | None,
         policy: PolicyBatch | None = None,
-        inputs: Mapping[str, Any] | None = None,
+        call: Call | None = None,
     ) -> None:
         ids, due = identifiers(sample_id), self.due.keys()
         self._session.clock.start()
         if policy is not None:
             source = policy.narrow(source)
+        if self.guard is not None:
+            self.guard.show_batch(source.grid, call, has_targets=self._raises_likelihood)
+            self.guard.observe(sample_id=ids)
         self._open.count(source)
         generator = self._generator(source.grid.present.device)
         temperature = self._temperature
@@ -310,8 +369,17 @@ class Watch:
         if "sampled" in due and policy is not None and policy.is_own_sample:
             most = max(_SAMPLED_ROWS // self._micro_batches, _LEAST_ROWS)
             self._open.sample(source, rows=most, generator=generator, temperature=temperature)
-        self._updates.keep(self._number, inputs, source, policy, ids, generator)
+        self._updates.keep(self._batch(source, call), source, policy, ids, generator)
         self._session.clock.stop()
+
+    def _batch(self, source: TokenSource, call: Call | None) -> Batch | None:
+        """What is known of a training forward: its call, and the classes it is scored on."""
+        if call is None and self._call is not None:
+            call, _ = self._call
+        if call is None:
+            return None
+        classes = source.logits.shape[-1] if isinstance(source, LogitTokens) else 0
+        return Batch(call=call, grid=source.grid, classes=classes)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -328,7 +396,10 @@ class Watch:
         self._session.begin_step(number)
         self._open = MicroBatches()
         self.next_sample_ids = self.next_labels = self.next_policy = None
-        self._updates.clear()
+        self._updates.begin(number)
+        if self._bounding is not None:
+            self._bounding.begin(number)
+        self._call = None
         self._restart(number)
 
     def pass_step(self, number: int) -> None:
@@ -379,8 +450,10 @@ class Watch:
                 session.measure("sampled", opened.sampled_reading)
             if opened.preferences:
                 session.measure("preference", opened.preference_reading)
-            self.take_gradient_norm(gradient_norm)
+            self._remember_norm(gradient_norm)
             session.measure("step", lambda: self._step_reading(loss, seconds))
+            if self._bounding is not None:
+                session.measure("control", self._bounding.reading)
         finally:
             session.end_step(stamp, opened.slots)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from entropylens.registry import (
+    ControlReading,
     GradientReading,
     OptimizerReading,
     PolicyReading,
@@ -206,6 +207,11 @@ def step(device: str = "cpu") -> StepReading:
     )
 
 
+def control(device: str = "cpu") -> ControlReading:
+    """A step that was bounded; all numbers are the host's."""
+    return ControlReading(step_scale=0.25, looks=7, interventions=2)
+
+
 def _parameters(device: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 3, generator=generator).to(device, torch.bfloat16)
@@ -223,4 +229,5 @@ READINGS: Mapping[str, Callable[..., Any]] = {
     "gradients": gradients,
     "update": update,
     "step": step,
+    "control": control,
 }

@@ -657,6 +657,8 @@ def test_quiet_steps_are_counted_and_what_is_due_is_measured_at_its_step(tmp_pat
     model, optimizer = classifier()
     every = {"training_vitals": 7, "gradient_norm": 5}
     off = {"token_entropy", "surprisal", "token_table", "sample_table", "update_norm"}
+    off |= {n for n, found in all_diagnostics().items() if found.reads == "probe"}
+    off.add("step_control")
     settings: dict[str, Any] = {
         "diagnostics": {**every, **dict.fromkeys(off, False)},
         "max_overhead": None,

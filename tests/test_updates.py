@@ -10,6 +10,8 @@ from untouched import tiny
 
 from entropylens import updates as module
 from entropylens.budget import Budget
+from entropylens.capture.call import Call
+from entropylens.capture.probe import Batch
 from entropylens.capture.tokens import LogitTokens
 from entropylens.registry import UpdateReading
 from entropylens.updates import SHARE, Updates
@@ -54,8 +56,10 @@ def looked(
 def look(found: Updates, clock: Clock, model: nn.Module, number: int, took: float) -> bool:
     ids = torch.randint(2, 10, (4, 8), generator=torch.Generator().manual_seed(0))
     source = LogitTokens.of(torch.zeros(4, 7, len(tiny.VOCABULARY)), ids[:, 1:])
-    found.clear()
-    found.keep(number, {"input_ids": ids}, source, None, None, torch.Generator())
+    found.begin(number)
+    call = Call(module=model, kwargs={"input_ids": ids})
+    batch = Batch(call=call, grid=source.grid)
+    found.keep(batch, source, None, None, torch.Generator())
     if not found.has_states:
         return False
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -67,7 +71,7 @@ def look(found: Updates, clock: Clock, model: nn.Module, number: int, took: floa
         return reading(*args)
 
     probe.reading = slow
-    found.take(number, UpdateReading(before=before, after=before))
+    found.take(UpdateReading(before=before, after=before))
     probe.reading = reading
     return True
 
@@ -81,7 +85,8 @@ def test_the_next_look_waits_until_the_last_one_is_within_its_share(
     assert not look(found, clock, model, 50, 0.5)
     assert look(found, clock, model, 52, 0.5)
     assert session.measured == 2
-    assert session.events == []
+    # How it is done is said once.
+    assert session.events == ["derivatives along updates are differentiated (forward mode)"]
 
 
 def test_without_a_limit_every_due_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

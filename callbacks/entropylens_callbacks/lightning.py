@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyExperiment
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 import entropylens as el
@@ -150,10 +151,9 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Remember a loss of manual optimisation until its optimiser steps."""
-        if self.lens is None or pl_module.automatic_optimization or not self.lens.watch.due:
-            return
-        self._aside("loss", lambda: self._losses.append(_unscaled(trainer, loss)))
+        """Remember a loss until its optimiser steps."""
+        if self.lens is not None and self.lens.watch.due:
+            self._aside("loss", lambda: self._losses.append(_unscaled(trainer, loss)))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -174,7 +174,7 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if lens is None:
             return
         if lens.watch.due:
-            self._aside("batch end", lambda: self._show_batch(pl_module, outputs, batch))
+            self._aside("batch end", lambda: self._show_batch(outputs, batch))
         if lens.watch.has_stepped:
             lens.step()
             lens.watch.forget_calls()
@@ -238,25 +238,26 @@ class EntropyLensCallback(Callback):  # type: ignore[misc]
         if name in self._stepped:
             return
         self._stepped.add(name)
+        module = trainer.lightning_module
+        is_automatic = module.automatic_optimization
         for loss in losses:
-            self.lens.observe(loss=loss, loss_is_sum=True, optimizer=name)
+            self.lens.observe(loss=loss, loss_is_sum=not is_automatic, optimizer=name)
         raw = unwrap_optimizer(_raw(optimizer))
         # An optimiser that unscales by itself has scaled gradients still.
         is_scaled = getattr(raw, "_step_supports_amp_scaling", False)
         is_scaled = is_scaled and getattr(trainer.precision_plugin, "scaler", None) is not None
         # In manual optimisation the module has clipped them already, if it does.
-        if trainer.lightning_module.automatic_optimization and not is_scaled:
+        if is_automatic and not is_scaled:
             self.lens.watch.take_gradients(name)
+            guard = self.lens.watch.guard
+            if guard is not None and _clips(trainer, module):
+                guard.take_gradients()
 
-    def _show_batch(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def _show_batch(self, outputs: Any, batch: Any) -> None:
         assert self.lens is not None
-        found = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
-        loss: Any = found.get("loss")
+        found = outputs if isinstance(outputs, Mapping) else {}
         logits: Any = found.get("logits")
         targets: Any = found.get("targets")
-        if isinstance(loss, Tensor) and pl_module.automatic_optimization:
-            # Lightning has divided it, at an epoch's end by more than there were micro-batches.
-            self.lens.observe(loss=loss * pl_module.trainer.accumulate_grad_batches)
         shown: dict[str, Any] = {}
         if _are_scores(logits, targets):
             if targets.shape != logits.shape[:-1]:
@@ -340,9 +341,19 @@ def _raw(optimizer: Any) -> Any:
 
 
 def _unscaled(trainer: Trainer, loss: Tensor) -> Tensor:
-    """A copy of a loss without the loss scale, which Lightning puts on before it shows it."""
+    """A copy of a loss without what Lightning has done to it: a loss scale, a division.
+
+    In automatic optimisation it divides, at an epoch's end by more than there were micro-batches.
+    """
     scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)
-    return loss.detach() / scale if isinstance(scale, Tensor) else loss.detach().clone()
+    copy = loss.detach() / scale if isinstance(scale, Tensor) else loss.detach().clone()
+    is_divided = trainer.lightning_module.automatic_optimization
+    return copy * trainer.accumulate_grad_batches if is_divided else copy
+
+
+def _clips(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether gradients are clipped between our hook and the optimiser."""
+    return bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", module)
 
 
 def _counted(trainer: Trainer) -> int:

@@ -57,6 +57,4 @@ class CriterionTap:
         tokens = LogitTokens.of(
             logits.detach().movedim(1, -1), targets.detach(), targets != self._ignored
         )
-        self._events.take_forward(
-            Forward(tap=self, loss=None, tokens=tokens, loss_is_sum=False, inputs={})
-        )
+        self._events.take_forward(Forward(tap=self, loss=None, tokens=tokens, loss_is_sum=False))

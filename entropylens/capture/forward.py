@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from entropylens.capture.head import backbone_of, bare, head_of, vocabulary_of
+from entropylens.capture.call import Call
+from entropylens.capture.head import backbone_of, bare, head_of, unwrapped, vocabulary_of
 from entropylens.capture.tokens import FusedTokens, Grid, HiddenTokens, LogitTokens, TokenSource
 
-__all__ = ["Forward", "ForwardEvents", "Hook", "ModelTap", "in_backward"]
+__all__ = ["Forward", "ForwardEvents", "Hook", "ModelTap", "in_backward", "predicts_next_token"]
 
 _IGNORED = -100
 
@@ -27,8 +28,8 @@ class Forward:
     tokens: TokenSource | None
     loss_is_sum: bool
     """The loss is this micro-batch's share of the step's sum, not a mean of its own."""
-    inputs: Mapping[str, Any]
-    """The model's arguments by name."""
+    call: Call | None = None
+    """What the model was given."""
 
 
 class ForwardEvents(Protocol):
@@ -71,11 +72,12 @@ class ModelTap:
         guard: Callable[[str, Callable[[], None]], None],
     ) -> None:
         self._model, self._events, self._guard = model, events, guard
-        self._is_shifted = _predicts_next_token(model)
+        self._is_shifted = predicts_next_token(model)
         self._hidden: Tensor | None = None
         self._watches_backbone = False
-        hook = Hook(self._after_forward, guard)
-        self._handles = [model.register_forward_hook(hook, with_kwargs=True)]
+        self._handles = [
+            model.register_forward_hook(Hook(self._after_forward, guard), with_kwargs=True)
+        ]
 
     def remove(self) -> None:
         """Take the hooks out and drop what is held."""
@@ -90,7 +92,7 @@ class ModelTap:
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         if self._events.due and torch.is_grad_enabled() and not in_backward():
-            self._guard("forward hook", lambda: self._read(kwargs, output))
+            self._guard("forward hook", lambda: self._read(args, kwargs, output))
 
     def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._events.due and torch.is_grad_enabled() and not in_backward():
@@ -102,7 +104,7 @@ class ModelTap:
 
     # -- what a forward shows ----------------------------------------------------------------
 
-    def _read(self, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         hidden, self._hidden = self._hidden, None
         loss = _field(output, "loss")
         tokens = self._tokens(kwargs, output, hidden)
@@ -114,7 +116,7 @@ class ModelTap:
                 loss=None if loss is None else loss.detach(),
                 tokens=tokens,
                 loss_is_sum=kwargs.get("num_items_in_batch") is not None,
-                inputs=kwargs,
+                call=Call.of(unwrapped(self._model), args, kwargs),
             )
         )
 
@@ -244,7 +246,7 @@ def _classes(labels: Any) -> Tensor | None:
     return labels.detach() if is_integer else None
 
 
-def _predicts_next_token(model: nn.Module) -> bool:
+def predicts_next_token(model: nn.Module) -> bool:
     """Whether position t of the logits is scored on label t + 1, as transformers' causal LMs do."""
     base = bare(model)
     loss_type, name = getattr(base, "loss_type", None), type(base).__name__

@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Head", "backbone_of", "bare", "head_of", "head_settings", "vocabulary_of"]
+__all__ = [
+    "Head",
+    "backbone_of",
+    "bare",
+    "head_of",
+    "head_settings",
+    "unwrapped",
+    "vocabulary_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +42,20 @@ class Head:
         return torch.tanh(product / self.soft_cap) * self.soft_cap
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what parallel training and `torch.compile` wrap around it."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+        return unwrapped(compiled)
+    return model
+
+
 def bare(model: nn.Module) -> Any:
     """The model within what parallel training, `torch.compile` and PEFT wrap around it."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return bare(model.module)
-    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-        return bare(compiled)
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
+    inner = unwrapped(model)
+    unwrap: Any = getattr(inner, "get_base_model", None)
+    return inner if unwrap is None else unwrap()
 
 
 def backbone_of(model: nn.Module) -> nn.Module | None:

@@ -10,7 +10,13 @@ from torch.optim import Optimizer
 
 from entropylens.registry import GradientReading, UpdateReading
 
-__all__ = ["OptimizerEvents", "OptimizerTap", "named_optimizers", "unwrap_optimizer"]
+__all__ = [
+    "OptimizerEvents",
+    "OptimizerTap",
+    "named_optimizers",
+    "unwrap_optimizer",
+    "with_closure",
+]
 
 
 class OptimizerEvents(Protocol):
@@ -20,9 +26,8 @@ class OptimizerEvents(Protocol):
     def due(self) -> Mapping[str, Any]:
         """What diagnostics that are due in the step in progress read; empty if none is."""
 
-    @property
     def wants_update(self) -> bool:
-        """Whether parameters are to be kept from before the step in progress."""
+        """Whether parameters are to be kept from before the step in progress; asked once in it."""
 
     def take(self, reads: str, reading: Any) -> None:
         """A reading is ready."""
@@ -173,15 +178,10 @@ class OptimizerTap:
             return None
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            self._guard("optimizer pre-step hook", self._read_before)
-            return None
-        self._guard("optimizer pre-step hook", self._read_rates)
-        watched = _call_once_after(closure, self._read_within)
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": watched}
-        return (args[0], watched, *args[2:]), kwargs
+        watched = with_closure(args, kwargs, self._read_within)
+        is_within = watched is not None
+        self._guard("optimizer pre-step hook", self._read_rates if is_within else self._read_before)
+        return watched
 
     def _after_step(self, *_: Any) -> None:
         if self._before is not None:
@@ -211,7 +211,7 @@ class OptimizerTap:
                 found = _Unscaled(found, scale.clone())
             if found:
                 events.take("gradients", GradientReading(gradients=found, optimizer=self.name))
-        if events.wants_update:
+        if events.wants_update():
             self._before = {n: p.detach().clone() for n, p in self._parameters().items()}
 
     def _read_after(self) -> None:
@@ -237,6 +237,22 @@ class _Unscaled(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._gradients)
+
+
+def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], work: Callable[[], None]) -> Any:
+    """Arguments of an optimiser's step whose closure does ``work`` when it first returns.
+
+    Returns:
+        Arguments and keywords, as a pre-hook gives them back; None where there is no closure, and
+        gradients are there already.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
+    watched = _call_once_after(closure, work)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": watched}
+    return (args[0], watched, *args[2:]), kwargs
 
 
 def _call_once_after(closure: Callable[..., Any], work: Callable[[], None]) -> Callable[..., Any]:

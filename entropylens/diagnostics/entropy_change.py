@@ -73,7 +73,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     "entropy/change/exact/share": _metric(
         "Was the derivative along the update differentiated, or a finite difference?",
-        "1 forward-mode differentiation, 0 central difference of half the update to either side",
+        "1 forward-mode differentiation, 0 central finite difference along the update",
         "differentiated",
         "the model has an operation without a forward derivative",
         unit="1",
@@ -217,8 +217,11 @@ class EntropyChange(Diagnostic):
 
     def measure(self, reading: ProbeReading, state: Any) -> tuple[list[Block], Any]:
         """Compare the states of one step before and after its update."""
+        token_id = reading.token_id
+        if token_id is None:
+            token_id = torch.zeros_like(reading.position)
         predicted, measured, extrapolated, logprob, entropy, expected = _of_states(
-            reading.before, reading.after, reading.direction, reading.token_id
+            reading.before, reading.after, reading.direction, token_id
         )
         weight = reading.weight.to(predicted.dtype)
         total = weight.sum()
@@ -228,7 +231,7 @@ class EntropyChange(Diagnostic):
         names = [f"entropy/change/{name}" for name in kinds]
         blocks = [Block.metrics(names, torch.cat([means, exact]).float(), weight=total)]
         estimates = {EXACT: predicted, "extrapolated": extrapolated}
-        if reading.advantage is not None:
+        if reading.advantage is not None and reading.token_id is not None:
             parts = _parts(reading, logprob, entropy, expected)
             estimates |= {name: find(parts).to(weight.dtype) for name, find in ESTIMATORS.items()}
             blocks.append(_cells(parts, predicted, weight))
@@ -285,12 +288,12 @@ def _token_rows(
         "present": reading.weight[index] > 0,
         "sequence": reading.sequence[index],
         "position": reading.position[index],
-        "token_id": reading.token_id[index],
-        "logprob": logprob[index].float(),
         "entropy": entropy[index].float(),
         "predicted_entropy_change": predicted[index].float(),
         "selection": ["change"] * len(index),
     }
+    if reading.token_id is not None:
+        columns |= {"token_id": reading.token_id[index], "logprob": logprob[index].float()}
     if reading.advantage is not None:
         columns["advantage"] = reading.advantage[index].float()
     if reading.sample_ids is not None:

@@ -114,6 +114,7 @@ PANELS: Final = (
         "Used share of the safe radius",
         (
             Shown("ghost/ratio/max", "largest", "red"),
+            Shown("ghost/ratio/p95", "95 %", "orange"),
             Shown("ghost/ratio/p50", "median", "blue"),
         ),
         reference=1.0,
@@ -125,8 +126,12 @@ PANELS: Final = (
             Shown("kl/mean", "KL to the reference", "blue"),
             Shown("framework/kl", "KL, as the trainer logs it", "blue"),
             Shown("control/gate", "gate", "orange"),
-            Shown("control/step_scale", "step scale", "green"),
         ),
+    ),
+    Panel(
+        "control",
+        "Factor of bounded steps",
+        (Shown("control/step_scale", "step scale", "green"),),
     ),
     Panel(
         "ratio",

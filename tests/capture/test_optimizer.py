@@ -19,7 +19,6 @@ class Events:
         self.due: dict[str, Any] = dict.fromkeys(wanted, ())
         self.taken: dict[str, Any] = {}
 
-    @property
     def wants_update(self) -> bool:
         return "update" in self.due
 

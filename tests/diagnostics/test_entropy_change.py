@@ -233,6 +233,7 @@ def test_the_rows_of_the_tokens_table_are_those_that_change_most() -> None:
     assert set(rows["selection"]) == {"change"}
     logp = reading.before.log_softmax(-1)
     place = rows["sequence"] * 6 + rows["position"]
+    assert reading.token_id is not None
     assert torch.allclose(rows["logprob"], logp[place, reading.token_id[place]])
     assert torch.allclose(rows["entropy"], entropy(reading.before)[place])
 

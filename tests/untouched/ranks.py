@@ -29,6 +29,7 @@ from untouched.in_lightning import Base
 from untouched.in_transformers import grpo, hf, rloo, sft, trained
 from untouched.trainings import Outcome, Watch, adamw, differences, hooks_left, lens_over
 
+from entropylens import StepBound
 from entropylens_callbacks.lightning import EntropyLensCallback
 
 STEPS = 4
@@ -99,6 +100,12 @@ def transformers_ddp(watch: Watch | None, folder: Path) -> Outcome:
     return trained(watch, folder, hf(folder, max_steps=STEPS))
 
 
+def controlled_ddp(watch: Watch | None, folder: Path) -> Outcome:
+    """With a controller that looks at every step and, in shadow, would scale each."""
+    control = StepBound(policy="radius", mode="shadow", level=1e-6, warmup=1)
+    return transformers_ddp(None if watch is None else {**watch, "control": control}, folder)
+
+
 def trl_ddp(watch: Watch | None, folder: Path) -> Outcome:
     return trained(watch, folder, sft(folder, max_steps=STEPS))
 
@@ -162,6 +169,7 @@ TRAININGS: dict[str, Callable[[Watch | None, Path], Outcome]] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "transformers": transformers_ddp,
+    "controlled": controlled_ddp,
     "trl": trl_ddp,
     "grpo": lambda watch, folder: policy_ddp(watch, folder, grpo, 8),
     "grpo_across": lambda watch, folder: policy_ddp(watch, folder, grpo, 6),

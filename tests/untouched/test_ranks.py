@@ -172,3 +172,18 @@ def test_a_policy_of_two_ranks_says_what_trl_reduces_over_them(folder: Path, nam
     right = run_of(folder, name).metrics("reward/component/mean").to_arrow().to_pylist()
     writers = {row["rank"] for row in right}
     assert writers == ({0} if name == "grpo_across" else {0, 1})
+
+
+def test_both_ranks_come_to_one_decision_about_a_step(folder: Path) -> None:
+    events = run_of(folder, "controlled").events().to_arrow().to_pylist()
+    told = {
+        rank: [
+            (e["step"], e["message"], json.loads(e["evidence"])["ratio"])
+            for e in events
+            if e["kind"] == "control" and e["rank"] == rank
+        ]
+        for rank in range(RANKS)
+    }
+    assert told[0] == told[1]
+    # Of four steps in a row that are alike the first, second and fourth are written.
+    assert [step for step, _, _ in told[0]] == [1, 2, 4]

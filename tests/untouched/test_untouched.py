@@ -49,6 +49,83 @@ def test_a_training_is_untouched(adapter: str, mode: str, tmp_path: Path) -> Non
             assert steps == set(range(1, STEPS + 1 + extra))
 
 
+RADIUS = el.StepBound(policy="radius", mode="shadow", level=1e-6, warmup=1)
+"""Looks at every step, and would scale each."""
+TRIGGERS = el.StepBound(
+    mode="shadow", warmup=2, gradient_factor=1.001, loss_factor=1.001, deviations=1e-3, factor=1.001
+)
+"""Takes everything for suspicious that is a little above the median."""
+IN_SHADOW = {
+    ("plain", "usual"): TRIGGERS,
+    ("plain", "accumulation"): RADIUS,
+    ("plain", "shown by hand"): RADIUS,
+    ("plain", "gradient scaler"): RADIUS,
+    ("plain", "gradient scaler, fused"): RADIUS,
+    ("lightning", "automatic"): RADIUS,
+    ("lightning", "accumulation"): RADIUS,
+    ("lightning", "manual"): RADIUS,
+    ("lightning", "gradient scaler"): RADIUS,
+    ("lightning", "gradient scaler, fused"): RADIUS,
+    ("lightning", "peft"): RADIUS,
+    ("transformers", "usual"): RADIUS,
+    ("transformers", "accumulation"): TRIGGERS,
+    ("transformers", "gradient scaler"): RADIUS,
+    ("transformers", "peft"): RADIUS,
+    ("transformers", "label smoothing"): RADIUS,
+    ("trl", "sft"): RADIUS,
+    ("trl", "sft, accumulation"): RADIUS,
+    ("trl", "grpo"): RADIUS,
+    ("trl", "dpo"): RADIUS,
+}
+
+
+@pytest.mark.parametrize("cell", IN_SHADOW, ids=": ".join)
+def test_a_controller_in_shadow_would_act_and_changes_no_bit(
+    cell: tuple[str, str], tmp_path: Path
+) -> None:
+    expected = bare(*cell)
+    watch = {"preset": "fast", "max_overhead": None, "control": IN_SHADOW[cell]}
+    found = TRAININGS[cell](watch, tmp_path)
+    assert differences(expected.states, found.states) == []
+    assert hooks_left(found) == []
+    assert found.run_dir is not None
+    run = el.open_run(found.run_dir)
+    assert run.status()[0].faults == {}
+    events = [e for e in run.events().to_arrow().to_pylist() if e["kind"] == "control"]
+    assert events
+    assert {e["mode"] for e in events} == {"shadow"}
+    looks = max(run.metrics("control/looks/count").to_arrow()["value"].to_pylist())
+    assert looks > 0 or IN_SHADOW[cell] is TRIGGERS
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ("plain", "usual"),
+        ("plain", "gradient scaler, fused"),
+        ("lightning", "automatic"),
+        ("lightning", "accumulation"),
+        ("lightning", "gradient scaler"),
+        ("transformers", "usual"),
+        ("transformers", "accumulation"),
+        ("transformers", "gradient scaler"),
+        ("trl", "sft"),
+        ("trl", "grpo"),
+    ],
+    ids=": ".join,
+)
+def test_a_controller_that_enforces_leaves_a_healthy_training_alone(
+    cell: tuple[str, str], tmp_path: Path
+) -> None:
+    expected = bare(*cell)
+    control = el.StepBound(mode="enforce", warmup=4)
+    found = TRAININGS[cell]({"preset": "fast", "max_overhead": None, "control": control}, tmp_path)
+    assert differences(expected.states, found.states) == []
+    assert found.run_dir is not None
+    scales = el.open_run(found.run_dir).metrics("control/step_scale").to_arrow()["value"]
+    assert set(scales.to_pylist()) == {1.0}
+
+
 def test_the_comparison_sees_a_single_bit() -> None:
     outcome = bare("plain", "usual")
     changed = {**outcome.states, "weights": dict(outcome.states["weights"])}
@@ -62,6 +139,6 @@ def test_the_comparison_sees_a_single_bit() -> None:
 def test_left_hooks_would_be_seen(tmp_path: Path) -> None:
     outcome = bare("plain", "usual")
     lens = el.Lens(outcome.model, outcome.optimizers[0], run_dir=tmp_path / "run")
-    assert len(hooks_left(outcome)) == 3
+    assert len(hooks_left(outcome)) == 4
     lens.close()
     assert hooks_left(outcome) == []

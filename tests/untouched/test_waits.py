@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from untouched import in_lightning, in_transformers  # noqa: F401 - they register trainings
+from untouched import in_lightning, in_transformers, tiny  # noqa: F401 - they register trainings
 from untouched.trainings import STEPS, TRAININGS
 from untouched.waits import watched_for_waits
 
@@ -59,6 +59,31 @@ def test_a_diagnostic_that_waits_is_found(
         TRAININGS["plain", "usual"]({"preset": "full", "max_overhead": None}, tmp_path)
     assert len(waits.found) >= STEPS
     assert all("planted.py:3 measure" in line for line in waits.found)
+
+
+@pytest.mark.parametrize("mode", ["shadow", "enforce"])
+def test_a_controller_waits_once_in_an_ordinary_step(mode: str, tmp_path: Path) -> None:
+    """And once more where it measures the update: the first eight, then every eighth."""
+    control = el.StepBound(mode=mode)
+    model, batches = tiny.Perceptron(), tiny.class_batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    waited = []
+    lens = el.Lens(model, optimizer, run_dir=tmp_path / "run", max_overhead=None, control=control)
+    with lens, watched_for_waits() as waits:
+        for _ in range(40):
+            features, classes = next(batches)
+            logits = model(features)
+            loss = torch.nn.functional.cross_entropy(logits, classes)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            lens.observe(logits=logits, targets=classes, loss=loss, gradient_norm=norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step()
+            # An item() is seen twice: the method, and the operation behind it.
+            waited.append(sum(not line.startswith("aten::") for line in waits.found))
+            waits.found.clear()
+    assert waited == [2 if n < 8 or n % 8 == 0 else 1 for n in range(40)]
 
 
 def test_dtype_conversions_and_integer_indices_are_no_waits(tmp_path: Path) -> None:
