@@ -150,8 +150,8 @@ def llama() -> tuple[nn.Module, list[Tensor], list[Tensor]]:
         vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=7,
         num_attention_heads=8, max_position_embeddings=128,
     )  # fmt: skip
-    texts = torch.randint(0, 8192, (4, 8, 129))
-    return LlamaForCausalLM(config), [*texts[..., :-1]], [*texts[..., 1:]]
+    texts = torch.randint(0, 8192, (4, 8, 128))
+    return LlamaForCausalLM(config), [*texts], [*texts[..., 1:]]
 
 
 MODELS: Final[Mapping[str, Callable[[], Any]]] = {
@@ -201,7 +201,7 @@ class Training:
             at = next(self._steps) % len(self.inputs)
             targets = self.targets[at]
             output: Any = self.model(self.inputs[at])
-            logits = output if isinstance(output, Tensor) else output.logits
+            logits = output if isinstance(output, Tensor) else output.logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
             loss.backward()
             if self.guard is not None:

@@ -20,6 +20,7 @@ from entropylens.capture.call import Call
 from entropylens.capture.optimizer import named_optimizers
 from entropylens.capture.policy import PolicyBatch, shown_tokens
 from entropylens.control import StepBound
+from entropylens.control.ranks import ranks
 from entropylens.joining import open_writer, place_of, tokens_seen
 from entropylens.records import Phase, check_metric_name
 from entropylens.registry import (
@@ -100,7 +101,7 @@ class Lens:
 
     Raises:
         ValueError: An unknown preset or diagnostic (with the nearest name), a bad number, or
-            ``control`` without a model and one optimiser.
+            ``control`` without a model and one optimiser, or on one of several ranks alone.
         TypeError: ``optimizer`` is not one.
         EntropyLensError: The run directory cannot be used (a file, not writable, in use, newer), or
             rank 0 has not opened it.
@@ -180,6 +181,11 @@ class Lens:
             for module in ([model] if model is not None else []) if reads is None else reads:
                 self.watch.tap(module)
             if control is not None and control.mode != "off":
+                if world_size == 1 and ranks() > 1:
+                    raise ValueError(
+                        f"Lens: expected control= on all {ranks()} ranks, which bound a step "
+                        f"together, got a Lens that stands alone (world_size=1)"
+                    )
                 # Before the taps: what they see of an update is what is kept of it.
                 bounding = Bounding(
                     self._session,

@@ -246,6 +246,17 @@ def test_control_needs_a_model_and_one_optimiser(
         lens_of(model if has_model else None, given, tmp_path / "run", el.StepBound())  # type: ignore[arg-type]
 
 
+def test_a_lens_that_stands_alone_among_ranks_cannot_bound_their_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entropylens.lens.ranks", lambda: 2)
+    model = model_of()
+    known: dict[str, Any] = {"run_dir": tmp_path / "run", "rank": 0, "world_size": 1}
+    with pytest.raises(ValueError, match=r"Lens: expected control= on all 2 ranks"):
+        el.Lens(model, adamw(model), control=el.StepBound(), **known)
+    el.Lens(model, adamw(model), control=el.StepBound(mode="off"), **known).close()
+
+
 def test_an_optimiser_that_searches_along_a_line_is_refused(tmp_path: Path) -> None:
     model = model_of()
     optimizer = torch.optim.LBFGS(model.parameters())

@@ -349,6 +349,8 @@ def class_axis(ndim: int) -> int:
 def positions(logits: Tensor, columns: int) -> Tensor:
     """``[B, columns, V]``: classes on the last axis or, as in torch's losses, on the first after B.
 
+    Of one position more than there are columns each but the last is scored on the next one's token.
+
     Raises:
         ValueError: There are not so many positions on either reading.
     """
@@ -357,6 +359,8 @@ def positions(logits: Tensor, columns: int) -> Tensor:
         found = logits.movedim(axis, -1)
         if prod(found.shape[1:-1]) == columns:
             return found.reshape(found.shape[0], columns, found.shape[-1])
+    if logits.ndim == 3 and logits.shape[1] == columns + 1:
+        return logits[:, :columns]
     raise ValueError(
         f"entropylens: expected logits of {columns} positions a row, got shape "
         f"{tuple(logits.shape)}; show the logits that the targets are scored on"

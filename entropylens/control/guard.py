@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import hypot, isfinite, isnan, nan
+from math import isfinite, isnan, nan
 from operator import is_
 from typing import Any, Final, NoReturn
 from warnings import warn
@@ -22,16 +22,23 @@ from entropylens.capture.tokens import Grid
 from entropylens.control.batch_norm import RunningStatistics
 from entropylens.control.looking import Look, Looker, agree
 from entropylens.control.memory import OF_BATCHES, Memory
+from entropylens.control.norms import (
+    as_number,
+    norm_of,
+    parts_of,
+    read,
+    stored,
+    sum_of_squares,
+    values_of,
+)
 from entropylens.control.policies import POLICIES
-from entropylens.control.ranks import is_sharded, joint_norm, local, ranks, stacked
+from entropylens.control.ranks import is_sharded, joint_norm, local, ranks
 from entropylens.control.ring import Ring
 from entropylens.control.signals import Admission, GradientSignals, UpdateSignals
 from entropylens.control.step_bound import StepBound, admit, decide
-from entropylens.diagnostics._summaries import wide_dtype
 
 __all__ = ["Action", "StepGuard"]
 
-_PLAIN: Final = frozenset((Tensor, nn.Parameter))
 _NOT_SETTINGS: Final = frozenset(("params", "lr", "initial_lr", "param_names"))
 
 
@@ -240,7 +247,7 @@ class StepGuard:
         """Take the gradients' norm as it is now, because they are to be clipped."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         if gradients and self._tap is not None:
-            self._shown["squares"] = _squares(gradients)
+            self._shown["squares"] = sum_of_squares(gradients)
 
     @property
     def wants_calls(self) -> bool:
@@ -284,7 +291,7 @@ class StepGuard:
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return None
-        self._held, self._is_judged = None, False
+        self._held, self._is_judged, self._set_aside = None, False, []
         ready = partial(self._run, "step bound", self._admit)
         try:
             watched = with_closure(args, kwargs, ready)
@@ -341,6 +348,8 @@ class StepGuard:
             # What the optimiser would have made of other gradients is not known in shadow.
             keeps = admission.keep and (enforces or scale == 1)
             self._is_judged = keeps
+            typical = self._memory.gradients.median()
+            self._memory.take_gradients(seen, admission)
             self.looks += keeps and admission.look
             self.updates += not (enforces and scale == 0)
             # Whatever fails further on, bad gradients do not get by.
@@ -349,13 +358,11 @@ class StepGuard:
                 for parameter in parameters:
                     parameter.grad = None
             elif enforces and scale < 1:
-                torch._foreach_mul_([_stored(p.grad) for p in parameters], scale)
+                torch._foreach_mul_([stored(p.grad) for p in parameters], scale)
             if self._is_bad_batch and enforces:
                 self._statistics.put_back()
-            typical = self._memory.gradients.median()
-            self._memory.take_gradients(seen, admission)
             if keeps:
-                before = [p.clone() for p in _local(parameters)]
+                before = [p.clone() for p in parts_of(parameters)]
                 self._held = _Held(parameters, before, admission, seen.rate)
             if scale < 1:
                 self._note(
@@ -383,13 +390,13 @@ class StepGuard:
             # Of sharded gradients every rank has a part; else all have the same.
             are_parts = told is None and self._are_parts()
             like = torch.zeros((), device=self._device())
-            joined = torch.stack([_number(one, like) for one in known])
+            joined = torch.stack([as_number(one, like) for one in known])
             if told is not None:
                 joined[0].square_()
             joined[int(are_parts) :] /= ranks()
             torch.distributed.all_reduce(joined)
             known = [*joined]
-        found_size, loss, moved, rate, left_out = _read(known)
+        found_size, loss, moved, rate, left_out = read(known)
         if left_out > 0:
             return None
         return GradientSignals(
@@ -404,11 +411,11 @@ class StepGuard:
         squares: Tensor | None = self._shown.get("squares")
         if squares is not None:
             return squares
-        return _squares(gradients, getattr(self._optimizer, "grad_scale", None))
+        return sum_of_squares(gradients, getattr(self._optimizer, "grad_scale", None))
 
     def _norm(self, parameters: list[Tensor]) -> float:
         """Of the gradients as the optimiser is about to use them."""
-        own = _size(_values([p.grad for p in parameters if p.grad is not None]))
+        own = norm_of(values_of([p.grad for p in parameters if p.grad is not None]))
         norm = joint_norm(own, self._are_parts(), self._device())
         assert norm is not None
         scale = getattr(self._optimizer, "grad_scale", None)
@@ -433,7 +440,7 @@ class StepGuard:
             if not is_finite:
                 for one in update:
                     one.nan_to_num_(0.0, 0.0, 0.0)
-                norm = joint_norm(_size(update), self._are_parts(), self._device())
+                norm = joint_norm(norm_of(update), self._are_parts(), self._device())
                 assert norm is not None
             look = self._look(held, update) if held.admission.look else Look(None, None)
             signals = UpdateSignals(
@@ -446,7 +453,7 @@ class StepGuard:
             )
             decision = decide(self.bound, self._memory, signals)
             if decision.cause and self.bound.mode == "enforce":
-                current = _local(held.parameters)
+                current = parts_of(held.parameters)
                 torch._foreach_copy_(current, held.before)
                 if decision.scale > 0:
                     torch._foreach_add_(current, update, alpha=decision.scale)
@@ -462,8 +469,8 @@ class StepGuard:
         if held is None:
             return [], None
         try:
-            update = list(torch._foreach_sub(_local(held.parameters), held.before))
-            return update, _size(update)
+            update = list(torch._foreach_sub(parts_of(held.parameters), held.before))
+            return update, norm_of(update)
         except Exception as error:
             # The other ranks wait for this one's norm.
             self._run("step bound", partial(_raise, error))
@@ -506,7 +513,7 @@ class StepGuard:
         like = next((rate for rate in rates if isinstance(rate, Tensor)), None)
         if like is None:
             return max(map(float, rates))
-        return torch.stack([_number(rate, like) for rate in rates]).amax()
+        return torch.stack([as_number(rate, like) for rate in rates]).amax()
 
     def _settings(self) -> tuple[float, ...]:
         values = [
@@ -592,63 +599,6 @@ def _scored(targets: Tensor, mask: Tensor | None) -> Callable[[], Grid]:
 def _grid(targets: Tensor, rows: int) -> Grid:
     flat = targets.detach().reshape(rows, -1)
     return Grid(targets=flat, present=flat >= 0)
-
-
-def _squares(gradients: list[Tensor], scale: Tensor | None = None) -> Tensor:
-    """Their sum, over this rank's part of the gradients, divided by a gradient scaler's scale."""
-    gradients = _values(gradients)
-    if scale is None:
-        norms = wide(stacked(torch._foreach_norm(gradients, 2)))
-        return norms.dot(norms)
-    # The square of a scaled gradient may be too large for single precision.
-    dtype = wide_dtype(gradients[0])
-    norms = stacked(torch._foreach_norm(gradients, 2, dtype=dtype)) / scale.to(dtype)
-    return norms.square().sum().float()
-
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's parts, without a trace."""
-    if all(type(one) in _PLAIN for one in tensors):
-        return tensors
-    return [local(one.detach()) for one in tensors]
-
-
-def _values(gradients: list[Tensor]) -> list[Tensor]:
-    """What this rank has of them; of sparse ones what is there."""
-    if any(one.is_sparse for one in gradients):
-        gradients = [one.coalesce().values() if one.is_sparse else one for one in gradients]
-    return _local(gradients)
-
-
-def _stored(gradient: Any) -> Tensor:
-    """What to scale; of a sparse gradient several entries may stand for one."""
-    return gradient._values() if gradient.is_sparse else local(gradient)
-
-
-def _size(tensors: list[Tensor]) -> float:
-    return hypot(*stacked(torch._foreach_norm(tensors, 2)).tolist())
-
-
-def _number(value: Any, like: Tensor) -> Tensor:
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
-    if isinstance(value, Tensor):
-        return value.detach().to(like).reshape(())
-    return torch.full_like(like, value)
-
-
-def _read(values: Sequence[Any]) -> list[float]:
-    """On the host, with one wait for the device."""
-    tensors = [one for one in values if isinstance(one, Tensor)]
-    if not tensors:
-        return [float(one) for one in values]
-    try:
-        joined = torch.stack(tensors)
-    except RuntimeError:
-        # They are on several devices, or not all of them without a dimension.
-        joined = torch.stack([_number(one, tensors[0]) for one in tensors])
-    found = iter(joined.flatten().tolist())
-    return [next(found) if isinstance(one, Tensor) else float(one) for one in values]
 
 
 def _quietly(where: str, work: Callable[[], None]) -> None:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -590,6 +588,10 @@ def test_weights_that_are_no_plain_numbers_are_an_obstacle() -> None:
 class Writing(nn.Module):
     """Writes to what it holds in every forward."""
 
+    calls: Tensor
+    codes: Tensor
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Linear(8, CLASSES)
@@ -622,27 +624,6 @@ def test_what_a_forward_writes_to_its_module_is_taken_back() -> None:
     )
 
 
-def bart() -> Any:
-    return BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=len(tiny.VOCABULARY),
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            max_position_embeddings=32,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=1,
-            decoder_start_token_id=1,
-            forced_eos_token_id=None,
-        )
-    )
-
-
 def encoder(kind: Any) -> Any:
     return kind(
         BertConfig(
@@ -659,7 +640,7 @@ def encoder(kind: Any) -> Any:
 
 @pytest.mark.parametrize(
     "build",
-    [bart, partial(encoder, BertForMaskedLM), partial(encoder, BertLMHeadModel)],
+    [tiny.bart, partial(encoder, BertForMaskedLM), partial(encoder, BertLMHeadModel)],
     ids=["encoder and decoder", "masked", "head of several layers"],
 )
 def test_only_a_backbone_with_nothing_but_a_head_is_asked_without_all_logits(
@@ -686,3 +667,10 @@ def test_whole_numbers_that_may_point_to_rows_hinder_that_some_are_left_out() ->
     cut = Call(module=nn.Identity(), args=(nodes, shared)).cut(torch.tensor([0, 2]), 6)
     assert cut is not None
     assert cut.args[1] is shared
+
+
+def test_logits_of_one_position_more_are_scored_on_the_next_token() -> None:
+    logits = torch.randn(2, 7, 3)
+    assert torch.equal(positions(logits, 6), logits[:, :6])
+    with pytest.raises(ValueError, match="expected logits of 4 positions a row"):
+        positions(logits, 4)

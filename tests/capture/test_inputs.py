@@ -282,9 +282,10 @@ def test_a_causal_model_whose_loss_is_outside_shows_what_its_updates_do(tmp_path
         logits = model(input_ids=ids).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    before = entropy(model(input_ids=ids).logits)
+    before = entropy(model.eval()(input_ids=ids).logits)
+    model.train()
     run = train(tmp_path, model, loss, steps=1)
-    after = entropy(model(input_ids=ids).logits)
+    after = entropy(model.eval()(input_ids=ids).logits)
     found = run.metrics("entropy/change/measured").to_arrow()["value"].to_pylist()
     assert found == [pytest.approx(float(after - before), rel=1e-3)]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +48,13 @@ def batch(number: int, rank: int) -> tuple[Tensor, Tensor]:
     return x, (x[:, :4] + 0.3).argmax(1)
 
 
-def train(wrap: Callable[[Any], Any], bound: StepBound, *, broken: bool = False) -> dict[str, Any]:
+def train(
+    wrap: Callable[[Any], Any],
+    bound: StepBound,
+    *,
+    broken: bool = False,
+    has_no_room: bool = False,
+) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
     net = Net()
     net.is_broken = broken and rank == 1
@@ -68,6 +74,8 @@ def train(wrap: Callable[[Any], Any], bound: StepBound, *, broken: bool = False)
             faults.append(str(error))
 
     guard = StepGuard(model, optimizer, bound, report=report, run=run)
+    if has_no_room and rank == 1:
+        guard._statistics.put_back = no_room  # type: ignore[method-assign]
     losses = []
     for number in range(STEPS):
         x, y = batch(number, rank)
@@ -94,6 +102,14 @@ def train(wrap: Callable[[Any], Any], bound: StepBound, *, broken: bool = False)
         "looks": guard.looks,
         "parameters": [p.detach().flatten().tolist() for p in parameters],
     }
+
+
+def no_room() -> None:
+    raise RuntimeError("no room on this rank")
+
+
+def flat(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
 def agreed() -> dict[str, Any]:
@@ -125,6 +141,8 @@ def main(folder: Path) -> None:
         "radius": train(DistributedDataParallel, radius),
         "broken": train(DistributedDataParallel, radius, broken=True),
         "fsdp2": train(fully_shard, usual),
+        "fsdp1": train(flat, usual),
+        "no room": train(DistributedDataParallel, usual, has_no_room=True),
         "agreed": agreed(),
     }
     rank = torch.distributed.get_rank()

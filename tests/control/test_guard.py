@@ -18,6 +18,7 @@ from entropylens.capture.probe import Batch
 from entropylens.capture.tokens import Grid
 from entropylens.control import Action, StepBound, StepGuard
 from entropylens.control.looking import Looker
+from entropylens.control.ranks import stacked
 from entropylens.control.signals import SCALES
 
 DOUBLE = torch.float64
@@ -403,6 +404,56 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
     assert len(loop.actions) == 1
 
 
+def test_a_loop_that_zeroes_gradients_by_hand_finds_them_after_a_step_left_out() -> None:
+    loop = Loop(perceptron(), sgd, bound_of()).after(12)
+    known = weights(loop.model)
+    loop.step(12, gradient=nan)
+    gradients = [p.grad for p in loop.model.parameters()]
+    assert all(g is not None and bool(g.isnan().any()) for g in gradients)
+    assert are_equal(weights(loop.model), known)
+
+
+class Words(nn.Module):
+    """An embedding with sparse gradients, of words that occur several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, CLASSES, sparse=True, dtype=DOUBLE)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.embedding(words).sum(1)
+
+
+def test_sparse_gradients_are_brought_to_their_usual_norm() -> None:
+    model = Words()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    actions: list[Any] = []
+    guard = StepGuard(
+        model, optimizer, bound_of(), report=lambda *told: actions.append(told), run=run
+    )
+    norms = []
+    for number in range(20):
+        words = torch.randint(9, (16, 5), generator=torch.Generator().manual_seed(number))
+        before = model.embedding.weight.detach().clone()
+        optimizer.zero_grad()
+        loss = cross_entropy(model(words), words[:, 0] % CLASSES)
+        (loss * (1e4 if number == 15 else 1)).backward()
+        guard.observe(targets=words[:, 0] % CLASSES, loss=loss)
+        optimizer.step()
+        norms.append((model.embedding.weight.detach() - before).norm().item() / 0.05)
+    ((action, _),) = actions
+    assert (action.step, action.cause) == (16, "gradient")
+    assert norms[15] == pytest.approx(sorted(norms[:15])[7], rel=1e-9)
+
+
+def test_norms_on_several_devices_are_put_together_on_the_first() -> None:
+    parts = [torch.ones((), device="meta"), torch.ones(())]
+    found = stacked(parts)
+    assert (found.shape, found.device.type) == ((2,), "meta")
+    assert stacked([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1.0, 2.0]
+
+
 def test_a_bad_batch_leaves_no_trace_in_batch_norm() -> None:
     loop = Loop(normed(), adamw, bound_of()).after(12)
     known = {name: value.clone() for name, value in loop.model.state_dict().items()}
@@ -640,6 +691,25 @@ def test_what_was_raised_on_purpose_may_be_accepted() -> None:
     assert loop.guard.looks == 0
 
 
+def test_weights_that_are_unfrozen_as_a_group_of_their_own_train_on() -> None:
+    def last(model: nn.Module) -> torch.optim.Optimizer:
+        *frozen, weight, bias = model.parameters()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return torch.optim.AdamW([weight, bias], lr=1e-2)
+
+    loop = Loop(perceptron(), last, bound_of()).after(20)
+    first = [*loop.model.parameters()][:2]
+    for parameter in first:
+        parameter.requires_grad_(True)
+    loop.optimizer.add_param_group({"params": first})
+    for number in range(20, 60):
+        loop.step(number)
+    assert loop.actions == []
+    assert loop.guard is not None
+    assert loop.guard.looks == 0
+
+
 def test_an_optimiser_that_finds_its_own_rate_is_bounded_too() -> None:
     from transformers.optimization import Adafactor
 
@@ -656,6 +726,8 @@ def test_an_optimiser_that_finds_its_own_rate_is_bounded_too() -> None:
         loop.guard.observe(targets=y, loss=loss)
         loop.optimizer.step()
     assert [(a.step, a.cause) for a in loop.actions] == [(16, "gradient")]
+    assert loop.guard is not None
+    assert len(loop.guard.state_dict()["memory"]["updates"]) >= 8
 
 
 # -- shadow, off, closed ---------------------------------------------------------------------------

@@ -145,6 +145,16 @@ def test_a_spread_past_is_ordinary_within_so_many_deviations() -> None:
     assert admission.suspicions == ()
 
 
+def test_a_history_shorter_than_the_warm_up_says_nothing_but_a_full_one_does() -> None:
+    run = Steps(bound_of())
+    for step in range(40):
+        run.step(replace(ORDINARY, loss=2.0 if step > 30 else -1.0, statistics=None))
+    few = replace(ORDINARY, loss=50.0, statistics=None)
+    assert admit(run.bound, run.memory, few).suspicions == ()
+    run = after(40, window=10)
+    assert admit(run.bound, run.memory, replace(ORDINARY, norm=1e3)).suspicions == ("gradient",)
+
+
 def test_in_the_warm_up_only_what_is_not_finite_is_suspicious() -> None:
     run = Steps(bound_of(warmup=20))
     wild = GradientSignals(norm=1e6, loss=1e6, rate=1e3, settings=(0.0, 0.0))

@@ -82,6 +82,26 @@ def test_shards_are_bounded_as_the_whole(ranks: list[Any]) -> None:
     assert parts["losses"][:20] == pytest.approx(whole["losses"][:20], rel=1e-4)
 
 
+def test_shards_of_flat_parameters_are_scaled_by_one_factor(ranks: list[Any]) -> None:
+    one, other = (found["fsdp1"] for found in ranks)
+    assert one["actions"] == other["actions"]
+    assert one["memory"] == other["memory"]
+    assert {GRADIENT, RATE, NOT_FINITE} <= {step - 1 for step, *_ in one["actions"]}
+    whole = ranks[0]["ddp"]["memory"]["memory"]
+    for name in ("gradients", "updates"):
+        assert one["memory"]["memory"][name][:8] == pytest.approx(whole[name][:8], rel=1e-3)
+
+
+def test_where_one_rank_could_not_keep_its_parameters_no_rank_waits_or_acts(
+    ranks: list[Any],
+) -> None:
+    one, other = (found["no room"] for found in ranks)
+    assert one["faults"] == []
+    assert {*other["faults"]} == {"no room on this rank"}
+    assert one["parameters"] == other["parameters"]
+    assert one["memory"] == other["memory"]
+
+
 def test_the_loss_is_the_mean_of_both(ranks: list[Any]) -> None:
     pairs = zip(*(found["ddp"]["losses"] for found in ranks), strict=True)
     means = [sum(pair) / 2 for pair in pairs]
