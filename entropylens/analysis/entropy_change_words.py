@@ -101,8 +101,8 @@ def _total(found: EntropyChanges) -> str:
         return f"{said}."
     return (
         f"{said}. Mean token entropy went from {first:.3g} to {last:.3g} nats meanwhile (means of "
-        f"the first and the last tenth of its measured steps): that is of new rollouts, and moves "
-        f"as the prompts and the states visited change too."
+        f"the first and the last tenth of its measured steps): that is of new batches, and moves "
+        f"as the states they hold change, too."
     )
 
 

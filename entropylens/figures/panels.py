@@ -111,7 +111,7 @@ PANELS: Final = (
     ),
     Panel(
         "radius",
-        "Used share of the safe radius",
+        "Share of the ghost radius that a step uses",
         (
             Shown("ghost/ratio/max", "largest", "red"),
             Shown("ghost/ratio/p95", "95 %", "orange"),
