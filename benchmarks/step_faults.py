@@ -282,6 +282,7 @@ DROPS: Final = {
 IDLE: Final = {
     "healthy_triggers_per_10k_steps": "triggers",
     "healthy_looks_per_10k_steps": "looks",
+    "other_data_triggers_per_10k_steps": "other data",
     "healthy_cost": "points lost",
     "worst_healthy_cost": "worst",
 }

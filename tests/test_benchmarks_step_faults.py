@@ -467,6 +467,7 @@ def cell_of(policy: str, seed: int, twin: float, final: float, **more: Any) -> d
         "healthy": {
             "twin": {"steps": 10, "looks": 0, "interventions": 0},
             "restarts": {"steps": 90, "looks": 4, "interventions": 1},
+            "other_data_first": {"steps": 50, "looks": 9, "interventions": 2},
         },
     }
 
@@ -505,7 +506,12 @@ def test_the_report_has_the_default_at_the_top_and_every_policy_beneath() -> Non
     assert found["progress_share"] == 1
     assert found["healthy_triggers_per_10k_steps"] == 100
     assert found["healthy_looks_per_10k_steps"] == 400
-    assert found["healthy_triggers_by_course"] == {"twin": 0, "restarts": pytest.approx(1e4 / 90)}
+    assert found["other_data_triggers_per_10k_steps"] == 400
+    assert found["healthy_triggers_by_course"] == {
+        "twin": 0,
+        "restarts": pytest.approx(1e4 / 90),
+        "other_data_first": 400,
+    }
     assert found["worst_healthy_triggers_at"] == "mlp sgd, restarts"
     assert (found["healthy_cost"], found["worst_healthy_cost"]) == (1, 1)
     assert found["by_policy"]["none"]["worst_final_drop"] == 70

@@ -19,6 +19,8 @@ SPIKE: Final = 10.0
 """Points that a run may lose on the way."""
 STILL: Final = 0.01
 """A step shorter than this share of the twin's median step has not been made."""
+OTHER_DATA: Final = "other_data_first"
+"""The healthy course whose data change on the way."""
 
 Cell = Mapping[str, Any]
 
@@ -187,9 +189,13 @@ def _ratio(over: float, under: float) -> float | None:
 def healthy(cells: Iterable[Cell]) -> dict[str, Any]:
     """Looks and interventions where there was no fault.
 
+    Where the data become others nothing is wrong, but nothing is as it was: that course is told
+    apart, and by course.
+
     Returns:
         ``healthy_steps``, and per 10,000 of them triggers (steps made smaller or dropped) and
-        looks; triggers by course; ``worst_healthy_triggers_at``, the pair and course with the most.
+        looks; ``other_data_triggers_per_10k_steps``; triggers by course, all of them;
+        ``worst_healthy_triggers_at``, the pair and course with the most.
     """
     steps: dict[str, int] = defaultdict(int)
     triggers: dict[str, int] = defaultdict(int)
@@ -199,13 +205,17 @@ def healthy(cells: Iterable[Cell]) -> dict[str, Any]:
         for course, seen in cell["healthy"].items():
             steps[course] += seen["steps"]
             triggers[course] += seen["interventions"]
-            places[f"{cell['program']} {cell['optimiser']}, {course}"] += seen["interventions"]
-            looks += seen["looks"]
-    whole = sum(steps.values())
+            if course != OTHER_DATA:
+                places[f"{cell['program']} {cell['optimiser']}, {course}"] += seen["interventions"]
+                looks += seen["looks"]
+    quiet = [course for course in steps if course != OTHER_DATA]
+    whole = sum(steps[course] for course in quiet)
+    found = sum(triggers[course] for course in quiet)
     most = max(places, key=places.__getitem__, default="")
     return {
         "healthy_steps": whole,
-        "healthy_triggers_per_10k_steps": _ratio(1e4 * sum(triggers.values()), whole),
+        "healthy_triggers_per_10k_steps": _ratio(1e4 * found, whole),
+        "other_data_triggers_per_10k_steps": _ratio(1e4 * triggers[OTHER_DATA], steps[OTHER_DATA]),
         "healthy_looks_per_10k_steps": _ratio(1e4 * looks, whole),
         "healthy_triggers_by_course": {
             course: _ratio(1e4 * triggers[course], steps[course]) for course in steps
