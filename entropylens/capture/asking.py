@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -18,6 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from entropylens.capture.call import Call
+from entropylens.capture.contexts import (
+    full_precision,
+    no_compiled_code,
+    no_fused_layers,
+    own_forwards,
+)
 from entropylens.capture.forward import Hook, predicts_next_token
 from entropylens.capture.head import backbone_of, bare, head_settings, unwrapped, vocabulary_of
 
@@ -143,7 +148,7 @@ class Asked(nn.Module):
 
     def fitting(self, call: Call) -> Call | None:
         """The call as `forward` takes it; None where it does not."""
-        raise NotImplementedError
+        return call
 
     def offset(self, call: Call, columns: int) -> int:
         """Positions of the call before those of the grid; negative where it does not fit."""
@@ -167,10 +172,10 @@ class Asked(nn.Module):
                 module._forward_pre_hooks = type(module._forward_pre_hooks)()
             with ExitStack() as stack:
                 for setting in (
-                    _full_precision(),
-                    _no_fused_layers(),
-                    _no_compiled_code(),
-                    _own_forwards(modules),
+                    full_precision(),
+                    no_fused_layers(),
+                    no_compiled_code(),
+                    own_forwards(modules),
                     sdpa_kernel(SDPBackend.MATH),
                     torch.autocast(device.type, enabled=False),
                     torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -314,9 +319,6 @@ class _LanguageModel(Asked):
 class _Module(Asked):
     """Any module whose output holds logits."""
 
-    def fitting(self, call: Call) -> Call | None:
-        return call
-
     def forward(self, call: Call, places: Places) -> Tensor:
         found = logits_of(call.module(*call.args, **call.kwargs))
         assert found is not None
@@ -381,64 +383,6 @@ def _is_harmless(hook: Any) -> bool:
     """Ours, and what makes embeddings require a gradient for checkpointing: no value changes."""
     is_ours = isinstance(hook, Hook) or "entropylens" in getattr(hook, "__module__", "")
     return is_ours or "require_grad" in getattr(hook, "__qualname__", "")
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No products of less precision than their factors (TF32, bfloat16)."""
-    backends: Any = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    settings = [(one, one.fp32_precision) for one in backends if hasattr(one, "fp32_precision")]
-    if not settings:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return
-    lower = [(one, precision) for one, precision in settings if precision not in ("none", "ieee")]
-    try:
-        for one, _ in lower:
-            one.fp32_precision = "ieee"
-        yield
-    finally:
-        for one, precision in lower:
-            one.fp32_precision = precision
-
-
-@contextmanager
-def _no_fused_layers() -> Iterator[None]:
-    """In evaluation `torch.nn`'s transformer layers are one operation without a derivative."""
-    is_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(is_enabled)
-
-
-@contextmanager
-def _no_compiled_code() -> Iterator[None]:
-    """Compiled modules run as they were written: nothing is compiled anew for us."""
-    set_stance: Any = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None or "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _own_forwards(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Forwards without the autocast that accelerate wraps around them."""
-    wrapped = [(m, m.__dict__["forward"]) for m in modules if "_original_forward" in m.__dict__]
-    try:
-        for module, _ in wrapped:
-            module.forward = module.__dict__["_original_forward"]
-        yield
-    finally:
-        for module, forward in wrapped:
-            module.forward = forward
 
 
 def _copied_bytes(model: nn.Module) -> int:
