@@ -7,22 +7,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
     "READINGS",
+    "AttentionReading",
+    "AttentionRows",
     "ControlReading",
     "GradientReading",
+    "MatricesReading",
     "OptimizerReading",
     "PolicyReading",
     "PreferenceReading",
     "ProbeReading",
+    "RepresentationReading",
     "RolloutReading",
     "RouterReading",
     "SampledReading",
     "StepReading",
     "TokenReading",
     "UpdateReading",
+    "WeightReading",
 ]
 
 
@@ -259,6 +265,8 @@ class GradientReading:
     """By parameter name; a sharded one (DTensor) is this rank's part."""
     optimizer: str = ""
     """Which optimiser's, where there are several."""
+    norm: Tensor
+    """``[]`` Euclidean norm of all of them (`entropylens.diagnostics.gradient_norm.total_norm`)."""
     clipped: bool = True
     """As the optimiser uses them; false before clipping, where a trainer shows them so."""
 
@@ -271,6 +279,79 @@ class UpdateReading:
     after: Mapping[str, Tensor]
     optimizer: str = ""
     """Which optimiser's, where there are several."""
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    """By parameter name, as the optimiser used them, without a loss scale; empty where the step
+    left none behind."""
+    second_moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """``exp_avg_sq`` of Adam and its like after the step, of a parameter's shape; parameters whose
+    optimiser keeps none, or keeps it quantised or factored, are left out."""
+    bias_corrections: Mapping[str, Tensor | float] = field(default_factory=dict)
+    """``[]`` 1 - beta_2^t by parameter name: what ``second_moments`` are divided by; a parameter
+    that is left out here has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightReading:
+    """One matrix of the model's weights after a step: each is shown in its turn."""
+
+    name: str
+    """Of the parameter; of one expert of a fused mixture ``NAME[i]``, of a LoRA adapter
+    ``NAME.lora`` for the product B A with its scale and ``NAME+lora`` for the sum."""
+    matrix: Tensor
+    """``[out, in]``, any floating dtype; of a convolution ``[out, in * kernel]``."""
+    stored: torch.dtype
+    """Precision of what is stored, which may be less than the matrix's: what rounding it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatricesReading:
+    """All matrices of the trained weights after a step, as `WeightReading` names them."""
+
+    matrices: Mapping[str, Tensor]
+    """``[out, in]``, any floating dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepresentationReading:
+    """Hidden states of some layers at the rows of a probe set that stays the same all run long.
+
+    The model runs without gradients, in evaluation mode. Rows are entries of the batches that the
+    probe set was made of, or, where each of them is a sequence that is scored at every position,
+    positions drawn from them.
+    """
+
+    states: Mapping[str, Tensor]
+    """By layer ``[N, D]``, float32; of layers with further axes the mean over them."""
+    inputs: Tensor | None = None
+    """``[N, D]`` what the model is given, where that is real numbers."""
+    labels: Sequence[int] | None = None
+    """Class of each row, or its target token; None where that is not known."""
+    input_clusters: Sequence[int] | None = None
+    """Cluster of each row by the inputs alone, where they are real numbers."""
+    are_tokens: bool = False
+    """Whether rows are positions of sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRows:
+    """What a few queries of one attention layer attend to; m queries, H heads."""
+
+    entropy: Tensor
+    """``[m, H]`` Shannon entropy of each query's weights, nats."""
+    reach: Tensor
+    """``[m]`` keys that each query may attend to: t + 1 for position t under a causal mask."""
+    largest_logit: Tensor
+    """``[m, H]`` max_j of q k_j / sqrt(d), as the softmax gets it, masks applied."""
+    log_partition: Tensor
+    """``[m, H]`` log sum_j exp of the same, nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionReading:
+    """Attention of the model's layers at queries of a probe set that stays the same all run."""
+
+    layers: Mapping[str, AttentionRows]
+    """By the module that attends, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +365,8 @@ class OptimizerReading:
     learning_rates: Sequence[Tensor | float] = ()
     """One for each parameter group, as used by this step."""
     gradient_norm_before_clip: Tensor | float | None = None
+    gradient_norm_after_clip: Tensor | None = None
+    """In steps in which gradients are due; never of a rank's part alone."""
     skipped: Tensor | float | None = None
     """``[]`` 1 where the step was called off (a gradient scaler found an overflow), else 0."""
 
@@ -336,6 +419,10 @@ READINGS: Final[Mapping[str, type]] = {
     "router": RouterReading,
     "gradients": GradientReading,
     "update": UpdateReading,
+    "weight": WeightReading,
+    "matrices": MatricesReading,
+    "representation": RepresentationReading,
+    "attention": AttentionReading,
     "step": StepReading,
     "control": ControlReading,
 }

@@ -21,18 +21,23 @@ from entropylens.dictionary import Metric
 from entropylens.errors import unknown_name
 from entropylens.readings import (
     READINGS,
+    AttentionReading,
+    AttentionRows,
     ControlReading,
     GradientReading,
+    MatricesReading,
     OptimizerReading,
     PolicyReading,
     PreferenceReading,
     ProbeReading,
+    RepresentationReading,
     RolloutReading,
     RouterReading,
     SampledReading,
     StepReading,
     TokenReading,
     UpdateReading,
+    WeightReading,
 )
 from entropylens.rules import entropy_law, forecast
 from entropylens.schedule import PRESETS, Schedule
@@ -42,17 +47,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READINGS",
+    "AttentionReading",
+    "AttentionRows",
     "Block",
     "ControlReading",
     "Diagnostic",
     "GradientReading",
     "Lists",
     "Lookup",
+    "MatricesReading",
     "Metric",
     "OptimizerReading",
     "PolicyReading",
     "PreferenceReading",
     "ProbeReading",
+    "RepresentationReading",
     "RolloutReading",
     "RouterReading",
     "SampledReading",
@@ -60,6 +69,7 @@ __all__ = [
     "StepReading",
     "TokenReading",
     "UpdateReading",
+    "WeightReading",
     "all_diagnostics",
     "diagnostic",
     "resolve_schedules",

@@ -23,6 +23,7 @@ from entropylens.capture.probe import Batch
 from entropylens.capture.router import RouterTap
 from entropylens.capture.tokens import LogitTokens, TokenSource
 from entropylens.control import StepGuard
+from entropylens.diagnostics.gradient_norm import total_norm
 from entropylens.records import Phase
 from entropylens.registry import (
     Block,
@@ -258,7 +259,10 @@ class Watch:
             return
         gradients = tap.gradients()
         if gradients:
-            reading = GradientReading(gradients=gradients, optimizer=optimizer, clipped=False)
+            norm = total_norm(gradients.values())
+            reading = GradientReading(
+                gradients=gradients, norm=norm, optimizer=optimizer, clipped=False
+            )
             self.take("gradients", reading)
 
     def expect_step(self, optimizer: str = "") -> None:

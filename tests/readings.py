@@ -5,19 +5,25 @@ from typing import Any
 
 import torch
 
+from entropylens.diagnostics.gradient_norm import total_norm
 from entropylens.registry import (
+    AttentionReading,
+    AttentionRows,
     ControlReading,
     GradientReading,
+    MatricesReading,
     OptimizerReading,
     PolicyReading,
     PreferenceReading,
     ProbeReading,
+    RepresentationReading,
     RolloutReading,
     RouterReading,
     SampledReading,
     StepReading,
     TokenReading,
     UpdateReading,
+    WeightReading,
 )
 
 
@@ -176,13 +182,67 @@ def router(device: str = "cpu", *, rows: int = 50, experts: int = 8) -> RouterRe
 
 def gradients(device: str = "cpu") -> GradientReading:
     """Gradients of a weight and a bias."""
-    return GradientReading(gradients=_parameters(device))
+    found = _parameters(device)
+    return GradientReading(gradients=found, norm=total_norm(found.values()))
 
 
 def update(device: str = "cpu") -> UpdateReading:
     """A weight and a bias before and after a step."""
     before = _parameters(device)
-    return UpdateReading(before=before, after={n: 0.9 * p for n, p in before.items()})
+    return UpdateReading(
+        before=before,
+        after={n: 0.9 * p for n, p in before.items()},
+        gradients={n: 0.1 * p for n, p in before.items()},
+        second_moments={n: 0.02 * p.float().square() for n, p in before.items()},
+        bias_corrections={n: torch.tensor(0.5, device=device) for n in before},
+    )
+
+
+def weight(device: str = "cpu", *, out: int = 24, width: int = 40) -> WeightReading:
+    """A Gaussian matrix, stored in bfloat16."""
+    generator = torch.Generator().manual_seed(7)
+    matrix = torch.randn(out, width, generator=generator).to(device, torch.bfloat16)
+    return WeightReading(name="layers.0.weight", matrix=matrix, stored=torch.bfloat16)
+
+
+def matrices(device: str = "cpu") -> MatricesReading:
+    """A wide and a tall one, of different dtypes."""
+    wide, tall = weight(device).matrix, weight(device, out=30, width=12).matrix.float()
+    return MatricesReading(matrices={"layers.0.weight": wide, "layers.1.weight": tall})
+
+
+def representation(device: str = "cpu", *, rows: int = 60) -> RepresentationReading:
+    """Two layers, in which three classes part more and more."""
+    generator = torch.Generator().manual_seed(8)
+    labels = [i % 3 for i in range(rows)]
+    noise = torch.randn(rows, 10, generator=generator)
+    centres = torch.randn(3, 10, generator=generator)[labels]
+    states = {f"layers.{i}": (noise + 2 * i * centres).to(device) for i in range(2)}
+    return RepresentationReading(
+        states=states,
+        inputs=noise.to(device),
+        labels=labels,
+        input_clusters=[i % 4 for i in range(rows)],
+    )
+
+
+def attention(device: str = "cpu", *, rows: int = 30, heads: int = 4) -> AttentionReading:
+    """Two layers of causal attention."""
+    generator = torch.Generator().manual_seed(9)
+    reach = torch.arange(rows) + 1
+    visible = torch.arange(rows)[None] < reach[:, None]
+
+    def layer() -> AttentionRows:
+        logits = torch.randn(rows, heads, rows, generator=generator)
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        return AttentionRows(
+            entropy=torch.special.entr(logits.softmax(-1)).sum(-1).to(device),
+            reach=reach.to(device),
+            largest_logit=logits.amax(-1).to(device),
+            log_partition=logits.logsumexp(-1).to(device),
+        )
+
+    return AttentionReading(layers={f"layers.{i}.attention": layer() for i in range(2)})
 
 
 def step(device: str = "cpu") -> StepReading:
@@ -193,6 +253,7 @@ def step(device: str = "cpu") -> StepReading:
             OptimizerReading(
                 learning_rates=[1e-3, 1e-4],
                 gradient_norm_before_clip=torch.tensor(1.5, device=device),
+                gradient_norm_after_clip=torch.tensor(1.0, device=device),
                 skipped=0.0,
             )
         ],
@@ -228,6 +289,10 @@ READINGS: Mapping[str, Callable[..., Any]] = {
     "router": router,
     "gradients": gradients,
     "update": update,
+    "weight": weight,
+    "matrices": matrices,
+    "representation": representation,
+    "attention": attention,
     "step": step,
     "control": control,
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
+from entropylens.diagnostics.gradient_norm import total_norm
 from entropylens.registry import GradientReading, UpdateReading
 
 __all__ = [
@@ -210,7 +211,9 @@ class OptimizerTap:
             if isinstance(scale, Tensor):
                 found = _Unscaled(found, scale.clone())
             if found:
-                events.take("gradients", GradientReading(gradients=found, optimizer=self.name))
+                norm = total_norm(found.values())
+                reading = GradientReading(gradients=found, norm=norm, optimizer=self.name)
+                events.take("gradients", reading)
         if events.wants_update():
             self._before = {n: p.detach().clone() for n, p in self._parameters().items()}
 

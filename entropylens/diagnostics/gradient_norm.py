@@ -157,5 +157,4 @@ class GradientNorm(Diagnostic):
         """Take the norm over all parameters of one optimiser in one step."""
         kind = "shard_norm" if is_sharded(reading.gradients) else "norm"
         name = f"gradient/{kind}/{'after' if reading.clipped else 'before'}_clip"
-        norm = total_norm(reading.gradients.values())
-        return [Block.metrics([name], norm[None], modules=reading.optimizer)], state
+        return [Block.metrics([name], reading.norm[None], modules=reading.optimizer)], state
