@@ -8,8 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from entropylens.capture.insides import ProbeSet as ProbeSet
     from entropylens.control.step_bound import StepBound as StepBound
     from entropylens.errors import EntropyLensError as EntropyLensError
+    from entropylens.fine_tuning import Selection as Selection
+    from entropylens.fine_tuning import select_tensors as select_tensors
     from entropylens.lens import Lens as Lens
     from entropylens.registry import Diagnostic as Diagnostic
     from entropylens.registry import all_diagnostics as all_diagnostics
@@ -25,27 +28,33 @@ _HOME = {
     "Diagnostic": "entropylens.registry",
     "EntropyLensError": "entropylens.errors",
     "Lens": "entropylens.lens",
+    "ProbeSet": "entropylens.capture.insides",
     "Run": "entropylens.store.reader",
     "Schedule": "entropylens.schedule",
+    "Selection": "entropylens.fine_tuning",
     "StepBound": "entropylens.control.step_bound",
     "all_diagnostics": "entropylens.registry",
     "diagnostic": "entropylens.registry",
     "list_runs": "entropylens.store.reader",
     "open_run": "entropylens.store.reader",
+    "select_tensors": "entropylens.fine_tuning",
 }
 
 __all__ = [
     "Diagnostic",
     "EntropyLensError",
     "Lens",
+    "ProbeSet",
     "Run",
     "Schedule",
+    "Selection",
     "StepBound",
     "__version__",
     "all_diagnostics",
     "diagnostic",
     "list_runs",
     "open_run",
+    "select_tensors",
 ]
 
 

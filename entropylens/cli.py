@@ -251,6 +251,67 @@ def report(run: RunPath, output: Output, as_json: Json = False) -> None:
 
 
 @app.command()
+def spectra(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: file, folder or adapter.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="These matrices, with * and ?; may be repeated."),
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(help="deficit, kappa-to-null, kappa (worst first) or name.")
+    ] = "deficit",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many, of the sorted.")] = None,
+    permuted: Annotated[
+        bool, typer.Option("--permuted", help="Beside each, its entries in random places.")
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="The model that an adapter is for: their sum is shown, too.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the rows as CSV instead."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how well conditioned the weight matrices of a checkpoint are.
+
+    Beside what a random matrix of the same shape would have: a condition number alone mostly tells
+    the shape. Needs no run and runs nothing that is in the checkpoint.
+    """
+    try:
+        from entropylens.checkpoints import open_checkpoint
+        from entropylens.spectra import SORTS, in_order, spectra_of
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise EntropyLensError(
+            "spectra: expected torch to be installed, got none; pip install 'entropylens[torch]'"
+        ) from None
+    if sort not in SORTS:
+        raise ValueError(unknown_name("spectra", "sort key", sort, SORTS))
+    if output is not None and output.exists() and not force:
+        raise ValueError(f"spectra: expected {output} to be free, got a file; use --force")
+    opened = open_checkpoint(checkpoint, base)
+    rows, refused = spectra_of(opened, only or (), with_permuted=permuted, track=_progress)
+    if only and not rows and not refused:
+        raise EntropyLensError(f"spectra: expected a matrix that matches {only}, found none")
+    shown = in_order(rows, sort)[:limit]
+    facts = {"omitted": len(rows) - len(shown), "refused": refused}
+    if output is not None:
+        _write_rows(shown, output)
+    if as_json:
+        named = {"rows": shown} if output is None else {"file": str(output), "rows": len(shown)}
+        _print_json({**named, **facts})
+    elif output is not None:
+        _done(output, False, f"{len(shown)} matrices")
+        for name, reason in refused.items():
+            _complain("refused", f"{name}: {reason}")
+    else:
+        _print_spectra(shown, len(rows), refused)
+
+
+@app.command()
 def compact(run: RunPath, as_json: Json = False) -> None:
     """Merge the segments of a run that has ended."""
     from entropylens.store.compact import compact as merge
@@ -353,6 +414,50 @@ def _cells(table: "pa.Table") -> list[tuple[Any, ...]]:
 
 def _varying(rows: "pa.Table", columns: Sequence[str]) -> list[str]:
     return [column for column in columns if len(rows[column].unique()) > 1]
+
+
+def _progress(groups: Sequence[Any]) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    yield from track(groups, "tensors", console=console, transient=True, disable=hidden)
+
+
+def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    import pyarrow as pa
+
+    from entropylens.store.export import WRITERS
+    from entropylens.store.layout import publish, temporary
+
+    try:
+        WRITERS["csv"](pa.Table.from_pylist([*rows]), temporary(output))
+        publish(output)
+    finally:
+        temporary(output).unlink(missing_ok=True)
+
+
+def _print_spectra(
+    rows: Sequence[Mapping[str, Any]], count: int, refused: Mapping[str, str]
+) -> None:
+    from entropylens.figures.terminal import print_table, to_console
+    from entropylens.spectra import in_brief
+
+    console = to_console()
+    shown = [in_brief(row) for row in rows] if console.is_terminal else rows
+    if shown:
+        print_table(console, [*shown[0]], [[*row.values()] for row in shown])
+    else:
+        typer.echo("no matrices")
+    if console.is_terminal and rows:
+        typer.echo(
+            f"{len(rows)} of {count} matrices. deficit: nats above a random matrix of the shape; "
+            f"> where storage hides the rest."
+        )
+    if refused:
+        typer.echo()
+        print_table(console, ["refused", "reason"], [*refused.items()])
 
 
 def _parsed(steps: str | None) -> tuple[int | None, int | None]:

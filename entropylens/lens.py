@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from entropylens.bounding import Bounding
 from entropylens.budget import MAX_OVERHEAD, Budget
 from entropylens.capture.call import Call
+from entropylens.capture.insides import ProbeSet
 from entropylens.capture.optimizer import named_optimizers
 from entropylens.capture.policy import PolicyBatch, shown_tokens
 from entropylens.control import StepBound
@@ -98,10 +99,13 @@ class Lens:
         world_size: Number of processes; by default torch.distributed's.
         control: Bounds the steps of the model's one optimiser, or in shadow mode says what it would
             have done; None leaves them alone.
+        probe_set: What representations and attention are measured on all run long, and in which
+            layers; None takes the first training batches.
 
     Raises:
-        ValueError: An unknown preset or diagnostic (with the nearest name), a bad number, or
-            ``control`` without a model and one optimiser, or on one of several ranks alone.
+        ValueError: An unknown preset or diagnostic (with the nearest name), a bad number,
+            ``control`` without a model and one optimiser or on one of several ranks alone, or a
+            ``probe_set`` without a model or with layers that it does not have.
         TypeError: ``optimizer`` is not one.
         EntropyLensError: The run directory cannot be used (a file, not writable, in use, newer), or
             rank 0 has not opened it.
@@ -128,6 +132,7 @@ class Lens:
         rank: int | None = None,
         world_size: int | None = None,
         control: StepBound | None = None,
+        probe_set: ProbeSet | None = None,
     ) -> None:
         chosen = check_preset("Lens", preset)
         if isinstance(rows, str):
@@ -199,8 +204,7 @@ class Lens:
                 self.watch.bound(bounding)
             names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
             self.watch.tap_optimizers(optimizers, names)
-            if model is not None and any(known[n].reads == "probe" for n in schedules):
-                self.watch.probe(model)
+            self._look_inside(model, {known[name].reads for name in schedules}, probe_set)
             undo.pop_all()
         self._unlooked = 0
         """Coming steps in which nothing is due and that need no look at the clock."""
@@ -499,6 +503,20 @@ class Lens:
             self.close("failed" if failed else "terminated", f"{kind.__name__}: {error}")
 
     # -- within ------------------------------------------------------------------------------
+
+    def _look_inside(
+        self, model: nn.Module | None, reads: set[str], probe_set: ProbeSet | None
+    ) -> None:
+        if model is None:
+            if probe_set is not None:
+                raise ValueError("Lens: expected a model beside probe_set, got None")
+            return
+        if "probe" in reads:
+            self.watch.probe(model)
+        if reads & {"weight", "matrices"}:
+            self.watch.visit(model)
+        if reads & {"representation", "attention"}:
+            self.watch.inspect(model, probe_set or ProbeSet())
 
     def _end(self, number: int, loss: Tensor | float | None, norm: Tensor | float | None) -> None:
         now = perf_counter()

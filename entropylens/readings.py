@@ -301,6 +301,8 @@ class WeightReading:
     """``[out, in]``, any floating dtype; of a convolution ``[out, in * kernel]``."""
     stored: torch.dtype
     """Precision of what is stored, which may be less than the matrix's: what rounding it has."""
+    rank: int | None = None
+    """Largest rank by construction, of a LoRA product; None is what the shape allows."""
 
 
 @dataclass(frozen=True, kw_only=True)

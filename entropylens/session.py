@@ -14,6 +14,7 @@ import torch
 
 from entropylens.budget import Budget
 from entropylens.capture.device import DeviceClock
+from entropylens.elsewhere import Elsewhere
 from entropylens.following import Followers
 from entropylens.registry import Block, Diagnostic, all_diagnostics
 from entropylens.schedule import Schedule
@@ -74,6 +75,8 @@ class Session:
         self._schedules = {known[name].name: schedule for name, schedule in schedules.items()}
         self._diagnostics = {name: known[name] for name in schedules}
         self._states = {name: found.initial_state() for name, found in self._diagnostics.items()}
+        self._elsewhere = Elsewhere(self._states)
+        self._is_host = device.type == "cpu"
         self._decided, self._next_due, self._unlooked = -1, -1, 0
         self._expected = set(_ALWAYS_READ)
         self._measured_at: dict[str, int] = {}
@@ -211,6 +214,40 @@ class Session:
             self._measured += [(found.name, block, phase) for block in blocks]
         self.clock.stop()
 
+    @property
+    def can_decompose(self) -> bool:
+        """Whether a reading for `decompose` would be measured soon."""
+        return not self._elsewhere.is_full
+
+    def decompose(
+        self, reads: str, tensors: Any, reading: Callable[[Any], Any], stamp: Stamp
+    ) -> None:
+        """Measure what is due on a reading whose diagnostics decompose matrices.
+
+        On a CPU at once; what lives on an accelerator is brought to the host and measured there
+        beside the training, and its rows come later, with this stamp.
+
+        Args:
+            reads: What it is.
+            tensors: Of the reading, in lists and dicts.
+            reading: Makes the reading of them.
+            stamp: Of its rows.
+        """
+        if self._is_host:
+            self.measure(reads, lambda: reading(tensors))
+        elif reads in self.due:
+            self._elsewhere.measure(self.due[reads], tensors, reading, stamp)
+
+    def _collect(self, *, wait: bool = False) -> None:
+        for measured in self._elsewhere.collect(wait=wait):
+            self.budget.spend(measured.cpu_seconds)
+            for where, error in measured.faults:
+                self.writer.fault(where, error)
+            for name, blocks, state in measured.blocks:
+                self._states[name] = state
+                for block in blocks:
+                    self.add(block, measured.stamp)
+
     # -- to the log --------------------------------------------------------------------------
 
     def add(self, block: Block, stamp: Stamp) -> None:
@@ -234,6 +271,7 @@ class Session:
                 self._transfer.add(block, replace(stamp, phase=phase) if phase else stamp)
             except TypeError as error:
                 self.writer.fault(f"diagnostic {name}", error)
+        self._collect()
         self._review(stamp.step, slots)
         now = perf_counter()
         if now - self._flushed >= FLUSH_SECONDS or len(self._transfer) >= FLUSH_BLOCKS:
@@ -374,4 +412,5 @@ class Session:
         return True
 
     def _drain(self) -> None:
+        self.aside("elsewhere", lambda: self._collect(wait=True))
         self.aside("transfer", lambda: self._transfer.flush(wait=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropylens.registry import Block, Lists, Lookup, Scalars
 
-__all__ = ["Stamp", "Transfer"]
+__all__ = ["Stamp", "Transfer", "to_host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,22 @@ class Transfer:
                 self._deliver(table, columns)
 
 
+def to_host(tensor: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """Start a copy to the host, without waiting for it.
+
+    Returns:
+        The copy, and the event after which it is complete; of a tensor of the host itself that
+        tensor, and None.
+    """
+    if tensor.device.type == "cpu":
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.Event(tensor.device)
+    event.record()
+    return host, event
+
+
 class _Flight:
     """One batched copy: tensors of equal device and dtype travel as one."""
 
@@ -97,13 +113,9 @@ class _Flight:
             self._arriving.append((members, flat))
 
     def _copy(self, flat: Tensor) -> Tensor:
-        if flat.device.type == "cpu":
-            return flat
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        host.copy_(flat, non_blocking=True)
-        event = torch.Event(flat.device)
-        event.record()
-        self._events.append(event)
+        host, event = to_host(flat)
+        if event is not None:
+            self._events.append(event)
         return host
 
     def has_arrived(self) -> bool:

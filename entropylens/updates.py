@@ -13,14 +13,14 @@ from entropylens.capture.asking import obstacle
 from entropylens.capture.policy import PolicyBatch
 from entropylens.capture.probe import Batch, UpdateProbe
 from entropylens.capture.tokens import TokenSource
+from entropylens.ration import Ration
 from entropylens.registry import UpdateReading
 from entropylens.session import Session
 
 __all__ = ["Updates"]
 
-SHARE: Final = 1 / 3
-"""Of the limit of overhead, that looking at updates may take: it is rare and long, and would
-otherwise have everything else thinned."""
+SHARE: Final = 1 / 4
+"""Of the limit of overhead, that looking at updates may take."""
 _CANNOT: Final = (
     "no entropy/change and no ghost/*: the model cannot be asked what updates do to it: {}"
 )
@@ -35,9 +35,7 @@ _METHODS: Final = {
 class Updates:
     """Keeps states of a step's batch and asks the model about them when the step has updated it.
 
-    After a look that took ``t`` seconds the next one waits for ``t / (SHARE max_overhead)`` seconds
-    of steps, whatever the schedule says; over that time the look is charged to the budget, which
-    would take it for a burst and thin everything else. A model that raises is not asked again, and
+    Looks are taken as often as `Ration` pays for them. A model that raises is not asked again, and
     an event says why.
 
     Args:
@@ -46,14 +44,11 @@ class Updates:
     """
 
     def __init__(self, session: Session, temperature: float) -> None:
-        self.step_seconds = 0.0
-        """Of the step before, without evaluation."""
+        self.ration = Ration(session.budget, SHARE)
         self._session, self._temperature = session, temperature
         self._probe: UpdateProbe | None = None
         self._is_exact: bool | None = None
-        self._number = self._waits_until = 0
-        self._owed = self._paid_at = 0.0
-        """Seconds of looking that the budget has not been charged with yet, and since when."""
+        self._number = 0
 
     def ask(self, model: nn.Module, optimizers: int, number: int) -> bool:
         """Ask this model, from step ``number`` on, if it is one that can be asked.
@@ -91,7 +86,7 @@ class Updates:
     @property
     def wants_states(self) -> bool:
         """Whether states are to be kept in the step in progress, and none are yet."""
-        is_due = "probe" in self._session.due and self._number >= self._waits_until
+        is_due = "probe" in self._session.due and self.ration.is_open
         return is_due and self._probe is not None and self._probe.is_empty
 
     def keep(
@@ -130,26 +125,10 @@ class Updates:
             return
         self._tell(found.is_exact)
         self._session.measure("probe", lambda: found)
-        self._waits_until = self._number + 1
-        budget, took = self._session.budget, perf_counter() - began
-        if budget.max_overhead is not None and self.step_seconds:
-            steps = took / (SHARE * budget.max_overhead * self.step_seconds)
-            self._waits_until = self._number + int(steps) + 1
-            # The hook that we run in is charged with all of its time when it ends.
-            budget.spend(-took)
-            self._owed, self._paid_at = self._owed + took, perf_counter()
+        self.ration.charge(perf_counter() - began)
 
     def _tell(self, is_exact: bool) -> None:
         """Write how derivatives are taken, when that is known first and when it changes."""
         if self._is_exact is not is_exact:
             self._is_exact = is_exact
             self._session.writer.event("derivative", _METHODS[is_exact], step=self._number)
-
-    def pay(self) -> None:
-        """Charge the budget with the part of looking that is due by now, at the end of a step."""
-        budget = self._session.budget
-        if self._owed and budget.max_overhead is not None:
-            now = perf_counter()
-            part = min(self._owed, SHARE * budget.max_overhead * (now - self._paid_at))
-            budget.spend(part)
-            self._owed, self._paid_at = self._owed - part, now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from time import time
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from entropylens.capture.criterion import CriterionTap
 from entropylens.capture.device import allocated_bytes, resident_bytes
 from entropylens.capture.forward import Forward, ModelTap
 from entropylens.capture.inputs import InputsTap
+from entropylens.capture.insides import ProbeSet
 from entropylens.capture.micro_batches import MicroBatches, identifiers
 from entropylens.capture.optimizer import OptimizerTap
 from entropylens.capture.policy import PolicyBatch
@@ -23,7 +25,8 @@ from entropylens.capture.probe import Batch
 from entropylens.capture.router import RouterTap
 from entropylens.capture.tokens import LogitTokens, TokenSource
 from entropylens.control import StepGuard
-from entropylens.diagnostics.gradient_norm import total_norm
+from entropylens.diagnostics.gradient_norm import is_sharded, total_norm
+from entropylens.inspection import Inspection
 from entropylens.records import Phase
 from entropylens.registry import (
     Block,
@@ -38,6 +41,7 @@ from entropylens.registry import (
 from entropylens.session import Session
 from entropylens.transfer import Stamp
 from entropylens.updates import Updates
+from entropylens.visits import Visits
 
 __all__ = ["Watch"]
 
@@ -89,6 +93,8 @@ class Watch:
         self._taps: list[ModelTap | CriterionTap] = []
         self._inputs: InputsTap | None = None
         self._bounding: Bounding | None = None
+        self._visits: Visits | None = None
+        self._inspection: Inspection | None = None
         self._routers: list[RouterTap] = []
         self._optimizers: dict[str, OptimizerTap] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -98,6 +104,7 @@ class Watch:
         """Whether what the loss wants of a token is its likelihood."""
         self._micro_batches = 1
         self._gradient_norms: dict[str, Tensor | float] = {}
+        self._clipped_norms: dict[str, Tensor] = {}
         self._updates = Updates(session, temperature)
         self._reader: object = None
         """The tap whose tokens are taken: the first that showed any."""
@@ -123,8 +130,28 @@ class Watch:
     def probe(self, model: nn.Module) -> None:
         """Ask a model what updates do to its distributions, if it is one that can be asked."""
         if self._updates.ask(model, len(self._optimizers), self._number):
-            self._inputs = InputsTap(model, self, self._session.aside)
+            self._watch_inputs(model)
             self.expect("probe")
+
+    def visit(self, model: nn.Module) -> None:
+        """Have a model's weights looked at in turn."""
+        visits = Visits(self._session)
+        if visits.ask(model, self._number):
+            self._visits = visits
+            self.expect("weight", "matrices")
+
+    def inspect(self, model: nn.Module, wanted: ProbeSet) -> None:
+        """Run a model on a probe set now and then, if it is one that can be inspected."""
+        inspection = Inspection(self._session, wanted)
+        readable = inspection.ask(model, self._number, self._generator(self._device))
+        if readable:
+            self._inspection = inspection
+            self._watch_inputs(model)
+            self.expect(*readable)
+
+    def _watch_inputs(self, model: nn.Module) -> None:
+        if self._inputs is None:
+            self._inputs = InputsTap(model, self, self._session.aside)
 
     def bound(self, bounding: Bounding) -> None:
         """Have every step seen by what bounds it."""
@@ -180,8 +207,14 @@ class Watch:
     def take(self, reads: str, reading: Any) -> None:
         """Measure a reading of the step in progress."""
         self._session.measure(reads, lambda: reading)
+        if isinstance(reading, GradientReading):
+            self._remember_clipped(reading)
         if isinstance(reading, UpdateReading) and self._updates.has_states:
             self._updates.take(reading)
+
+    def _remember_clipped(self, reading: GradientReading) -> None:
+        if reading.clipped and not is_sharded(reading.gradients):
+            self._clipped_norms[reading.optimizer] = reading.norm
 
     def wants_update(self) -> bool:
         """Whether parameters are to be kept from before the step in progress; asked once in it."""
@@ -196,7 +229,12 @@ class Watch:
     @property
     def wants_calls(self) -> bool:
         """Whether a model's calls are to be told, of the first micro-batch of the step."""
-        return self._updates.wants_states and self.phase is Phase.TRAIN
+        is_wanted = self._updates.wants_states or self._wants_batch
+        return is_wanted and self.phase is Phase.TRAIN
+
+    @property
+    def _wants_batch(self) -> bool:
+        return self._inspection is not None and self._inspection.wants_batch
 
     def take_call(self, call: Call, logits: Tensor | None) -> None:
         """Remember what the model was given."""
@@ -373,7 +411,10 @@ class Watch:
         if "sampled" in due and policy is not None and policy.is_own_sample:
             most = max(_SAMPLED_ROWS // self._micro_batches, _LEAST_ROWS)
             self._open.sample(source, rows=most, generator=generator, temperature=temperature)
-        self._updates.keep(self._batch(source, call), source, policy, ids, generator)
+        batch = self._batch(source, call)
+        self._updates.keep(batch, source, policy, ids, generator)
+        if self._inspection is not None:
+            self._inspection.keep(batch, self._number, generator)
         self._session.clock.stop()
 
     def _batch(self, source: TokenSource, call: Call | None) -> Batch | None:
@@ -420,6 +461,7 @@ class Watch:
         self._number = number
         self._seeded.clear()
         self._gradient_norms.clear()
+        self._clipped_norms.clear()
         for tap in self._optimizers.values():
             tap.begin_step()
 
@@ -432,8 +474,8 @@ class Watch:
     ) -> None:
         """Measure what the step in progress gathered."""
         opened, session = self._open, self._session
-        self._updates.step_seconds = seconds
-        self._updates.pay()
+        self._updates.ration.pay()
+        self._look_inside(stamp)
         try:
             self._drop_taps(is_loss_shown=loss is not None)
             self._note_skipped(stamp)
@@ -460,6 +502,24 @@ class Watch:
                 session.measure("control", self._bounding.reading)
         finally:
             session.end_step(stamp, opened.slots)
+
+    def _look_inside(self, stamp: Stamp) -> None:
+        """Look at weights, and at what the model makes of its probe set, as far as that is due."""
+        visits, inspection = self._visits, self._inspection
+        if visits is not None:
+            visits.ration.pay()
+            self._session.aside("weights", lambda: visits.visit(stamp))
+        if inspection is not None:
+            inspection.ration.pay()
+            if self._call is not None and self._open.tokens is None:
+                self._session.aside("probe set", partial(self._keep_unscored, inspection))
+            self._session.aside("probe set", lambda: inspection.inspect(stamp))
+
+    def _keep_unscored(self, inspection: Inspection) -> None:
+        assert self._call is not None
+        call, logits = self._call
+        batch = Batch.of_rows(call) if logits is None else Batch.unscored(call, logits)
+        inspection.keep(batch, self._number, self._generator(self._device))
 
     def _drop_taps(self, *, is_loss_shown: bool) -> None:
         """Once logits and loss are shown by hand nothing is read from the model any more."""
@@ -517,6 +577,7 @@ class Watch:
             loss=self._whole("loss", self._open.loss(name)) if name else None,
             learning_rates=() if tap is None else tap.rates,
             gradient_norm_before_clip=self._whole("gradient norm", self._gradient_norms.get(name)),
+            gradient_norm_after_clip=self._clipped_norms.get(name),
             skipped=None if tap is None else tap.skipped(),
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from untouched import tiny
 
-from entropylens import updates as module
+from entropylens import ration, updates
 from entropylens.budget import Budget
 from entropylens.capture.call import Call
 from entropylens.capture.probe import Batch
@@ -45,10 +45,10 @@ def looked(
     monkeypatch: pytest.MonkeyPatch, session: Any, number: int = 1, took: float = 0.5
 ) -> tuple[Updates, Clock, nn.Module]:
     clock, model = Clock(), tiny.llama()
-    monkeypatch.setattr(module, "perf_counter", clock)
+    for module in (updates, ration):
+        monkeypatch.setattr(module, "perf_counter", clock)
     found = Updates(session, 1.0)
     assert found.ask(model, 1, 0)
-    found.step_seconds = 1.0
     look(found, clock, model, number, took)
     return found, clock, model
 
@@ -81,8 +81,12 @@ def test_the_next_look_waits_until_the_last_one_is_within_its_share(
 ) -> None:
     session = Session(0.03)
     found, clock, model = looked(monkeypatch, session)
-    # Half a second at a third of 3 % of steps of a second.
+    # Half a second at a quarter of 3 % takes 66.7 s to pay.
+    clock.now += 66.0
+    found.ration.pay()
     assert not look(found, clock, model, 50, 0.5)
+    clock.now += 1.0
+    found.ration.pay()
     assert look(found, clock, model, 52, 0.5)
     assert session.measured == 2
     # How it is done is said once.
@@ -93,7 +97,7 @@ def test_without_a_limit_every_due_step_is_looked_at(monkeypatch: pytest.MonkeyP
     session = Session(None)
     found, clock, model = looked(monkeypatch, session)
     assert look(found, clock, model, 2, 0.5)
-    found.pay()
+    found.ration.pay()
     assert session.budget._spent == 0.0
 
 
@@ -104,9 +108,9 @@ def test_a_look_is_charged_in_parts_that_add_up_to_it(monkeypatch: pytest.Monkey
     assert session.budget._spent == pytest.approx(-0.5)
     session.budget.spend(0.5)
     clock.now += 10.0
-    found.pay()
-    assert session.budget._spent == pytest.approx(SHARE * 0.03 * 10.0)
+    found.ration.pay()
+    assert session.budget._spent == pytest.approx(SHARE * 0.03 * 10.5)
     for _ in range(20):
         clock.now += 10.0
-        found.pay()
+        found.ration.pay()
     assert session.budget._spent == pytest.approx(0.5)

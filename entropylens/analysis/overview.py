@@ -14,6 +14,8 @@ from entropylens.analysis.entropy_law import (
     law_sentences,
     read_entropy_law,
 )
+from entropylens.analysis.rank_divergence import RankDivergence, read_rank_divergence
+from entropylens.analysis.rank_divergence_words import rank_sentences
 from entropylens.analysis.spikes import Jump, Spike, find_jumps, find_spikes
 from entropylens.analysis.tokens import TokenChange, changed_tokens, worst_samples
 from entropylens.store.query import series
@@ -68,6 +70,8 @@ class Overview:
     """Series of phase rollout, by metric name."""
     changes: EntropyChanges | None = None
     """Of a run that measured what its updates did to the entropy."""
+    ranks: RankDivergence | None = None
+    """Of a run of several ranks."""
 
     @property
     def reward(self) -> Curve | None:
@@ -134,6 +138,7 @@ def read_overview(run: Run) -> Overview:
         policy=policy,
         rollout=rollout,
         changes=read_entropy_change(run),
+        ranks=read_rank_divergence(run),
     )
 
 
@@ -146,7 +151,9 @@ def sentences(found: Overview) -> list[str]:
     Returns:
         One sentence or two each.
     """
-    said = [_course(found), *_losses(found), *map(str, _causes(found)), *_entropies(found)]
+    said = [_course(found)]
+    said += [] if found.ranks is None else rank_sentences(found.ranks)
+    said += [*_losses(found), *map(str, _causes(found)), *_entropies(found)]
     said += [] if found.changes is None else change_sentences(found.changes)[:2]
     said += [] if found.policy is None else law_sentences(found.policy)
     said += [*_clipping(found), *_own_cost(found), *_faults(found)]

@@ -25,6 +25,7 @@ from entropylens.analysis.overview import (
     sentences,
     started,
 )
+from entropylens.analysis.rank_divergence import EQUAL, Parting
 from entropylens.dictionary import definitions
 from entropylens.figures.axes import Axis
 from entropylens.figures.drawing import Drawn, Span, draw, figure
@@ -57,7 +58,8 @@ def write_report(run: Run, path: str | Path) -> Path:
     figures = dict(_figures(found))
     changes = {} if found.changes is None else change_figures(found.changes)
     laws = {} if found.policy is None else law_figures(found.policy)
-    sections = [*_pictures(figures), *_changes(found, changes), *_policy(found, laws)]
+    sections = [*_ranks(found), *_pictures(figures)]
+    sections += [*_changes(found, changes), *_policy(found, laws)]
     pictures = {key: picture for key, (_, _, picture) in figures.items()}
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{run.name}: entropylens report"),
@@ -138,6 +140,32 @@ def _pictures(figures: Mapping[str, Picture]) -> Iterator[str]:
             f'<section><h2>{escape(title)}</h2><figure><div class="plot" id="{key}"></div></figure>'
             f"{_explained(names)}</section>"
         )
+
+
+def _ranks(found: Overview) -> Iterator[str]:
+    if found.ranks is None or not found.ranks.partings:
+        return
+    note = (
+        "Norms that are the same on all ranks where each holds the whole model. Spread is the "
+        "largest (max - min) / |median| of a step; above 1e-4 ranks differ."
+    )
+    heads = ["norm", "since step", "same up to", "ranks that are off", "spread", "steps"]
+    heads.append("values in the first of them")
+    rows = [_parting(one) for one in found.ranks.partings]
+    yield _table("Norms that differ between ranks", note, heads, rows)
+
+
+def _parting(one: Parting) -> list[str]:
+    values = [f"{rank}:&nbsp;{value:.6g}" for rank, value in sorted(one.values.items())]
+    return [
+        escape(f"{EQUAL[one.name]} {one.module}".strip()),
+        f"{one.since:,}",
+        "never" if one.agreed is None else f"{one.agreed:,}",
+        ", ".join(map(str, one.ranks)) or "unknown",
+        number(one.spread),
+        f"{one.differing:,} of {one.compared:,}",
+        ", ".join([*values[:8], *["…"] * (len(values) > 8)]),
+    ]
 
 
 def _changes(found: Overview, figures: Mapping[str, dict[str, Any]]) -> Iterator[str]:

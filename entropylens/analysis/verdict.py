@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from entropylens.analysis.alarms import Alarm
 from entropylens.analysis.lasting import LEAST_VALUES, left_range
 from entropylens.analysis.overview import Curve, number
+from entropylens.analysis.rank_divergence import RankDivergence
+from entropylens.analysis.rank_divergence_words import loss_reason, parted_reason
 from entropylens.analysis.spikes import Spike
 from entropylens.figures.thinning import kept
 
@@ -69,7 +71,11 @@ class Verdict:
 
 
 def judge(
-    state: str, ended_because: str, series: Mapping[str, Series], alarms: Sequence[Alarm] = ()
+    state: str,
+    ended_because: str,
+    series: Mapping[str, Series],
+    alarms: Sequence[Alarm] = (),
+    ranks: RankDivergence | None = None,
 ) -> Verdict:
     """Is the run in trouble?
 
@@ -78,11 +84,12 @@ def judge(
     - failing: the run failed or crashed; an alarm of severity error is open; the newest loss,
       reward or entropy is not finite; the loss left its usual range upwards (the reward downwards),
       as `find_spikes` sees it, has been out for 10 values, by more than chance, and is 20 % off;
-      the run is stalled.
+      norms that were equal on all ranks are not any more; the run is stalled.
     - watch: the run was terminated; the loss or reward is out, but by less than 20 %; the median of
       its last tenth is worse than that of its best by 10 % and 3 times the spread of either; the
       entropy collapsed; an alarm of severity warning is open; the loss was once not finite; the
-      median gradient norm of the last tenth is above 10 times the median before.
+      median gradient norm of the last tenth is above 10 times the median before; the loss of one
+      rank has left those of the others to the end.
     - unknown: fewer than 25 finite values.
     - healthy: otherwise.
 
@@ -114,6 +121,7 @@ def judge(
         series: By metric name: ``loss/mean``, ``reward/mean``, ``entropy/token/mean`` and
             ``gradient/norm/before_clip``; any may be missing or empty, others are not read.
         alarms: From `entropylens.analysis.alarms.open_alarms`.
+        ranks: From `entropylens.analysis.rank_divergence.read_rank_divergence`.
 
     Returns:
         The verdict.
@@ -127,7 +135,7 @@ def judge(
     """
     named = {_NAMES[name]: one for name, one in series.items() if name in _NAMES and len(one.steps)}
     curves = {name: _thinned(name, one) for name, one in named.items()}
-    seen = _Seen(state, ended_because, curves, tuple(alarms))
+    seen = _Seen(state, ended_because, curves, tuple(alarms), ranks)
     for level, checks in (("failing", _FAILING), ("watch", _WATCH)):
         reason = next(filter(None, (check(seen) for check in checks)), "")
         if reason:
@@ -145,6 +153,7 @@ class _Seen:
     because: str
     curves: dict[str, Curve]
     alarms: tuple[Alarm, ...]
+    ranks: RankDivergence | None = None
 
     @cached_property
     def out(self) -> list[tuple[str, Spike, float]]:
@@ -278,8 +287,23 @@ def _warning(seen: _Seen) -> str:
     return _alarm(seen, "warning")
 
 
+def _ranks_parted(seen: _Seen) -> str:
+    return "" if seen.ranks is None else parted_reason(seen.ranks)
+
+
+def _rank_is_off(seen: _Seen) -> str:
+    return "" if seen.ranks is None else loss_reason(seen.ranks)
+
+
 _Checks = tuple[Callable[[_Seen], str], ...]
-_FAILING: Final[_Checks] = (_ended_badly, _error, _is_not_finite, _is_far_out, _stalled)
+_FAILING: Final[_Checks] = (
+    _ended_badly,
+    _error,
+    _is_not_finite,
+    _ranks_parted,
+    _is_far_out,
+    _stalled,
+)
 _WATCH: Final[_Checks] = (
     _terminated,
     _is_out,
@@ -289,6 +313,7 @@ _WATCH: Final[_Checks] = (
     _warning,
     _was_not_finite,
     _gradient_rose,
+    _rank_is_off,
 )
 
 

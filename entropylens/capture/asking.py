@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -161,13 +161,28 @@ class Asked(nn.Module):
         Raises:
             ValueError: Somebody else's forward hooks are on the model.
         """
+        with self._aside(_is_batch_norm), sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    @contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        """As in `as_trained`, but batch norm with its running statistics, and kernels as they are.
+
+        Raises:
+            ValueError: Somebody else's forward hooks are on the model.
+        """
+        with self._aside(lambda module: False):
+            yield
+
+    @contextmanager
+    def _aside(self, stays_in_training: Callable[[nn.Module], bool]) -> Iterator[None]:
         self._refuse_hooks()
         modules = [*self.model.modules()]
         held = [(m, m.training, dict(m.__dict__), dict(m._buffers)) for m in modules]
         device = next(self.model.parameters()).device
         try:
             for module in modules:
-                module.training = module.training and _is_batch_norm(module)
+                module.training = module.training and stays_in_training(module)
                 module._forward_hooks = type(module._forward_hooks)()
                 module._forward_pre_hooks = type(module._forward_pre_hooks)()
             with ExitStack() as stack:
@@ -176,7 +191,6 @@ class Asked(nn.Module):
                     no_fused_layers(),
                     no_compiled_code(),
                     own_forwards(modules),
-                    sdpa_kernel(SDPBackend.MATH),
                     torch.autocast(device.type, enabled=False),
                     torch.random.fork_rng([device] if device.type == "cuda" else []),
                 ):
@@ -201,13 +215,24 @@ class Asked(nn.Module):
             places: Where to look.
         """
         given = {f"model.{name}": wide(value) for name, value in weights.items()}
-        known = self._widened() | given
-        for name, buffer in self.named_buffers():
-            # Statistics, codebooks and counters may be written to: copies of them.
-            if buffer.is_floating_point() or buffer.numel() <= _LARGEST_COUNTER:
-                known[name] = known.get(name, buffer).clone()
+        known = self._with_buffers(self._widened() | given)
         inputs = call.map(lambda value: wide(value) if value.is_floating_point() else value)
         return functional_call(self, known, (inputs, places))
+
+    def run(self, call: Call) -> Any:
+        """Have the model run as it is, for what is seen on the way: its output, or its backbone's.
+
+        Args:
+            call: What the model is given.
+        """
+        return functional_call(self, self._with_buffers({}), (call, None))
+
+    def _with_buffers(self, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of what may be written to beside these: statistics, codebooks, counters."""
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point() or buffer.numel() <= _LARGEST_COUNTER:
+                known[name] = known.get(name, buffer).clone()
+        return known
 
     def derivative(
         self,
@@ -307,11 +332,13 @@ class _LanguageModel(Asked):
         # as inputs none was cut off: targets of a model that was not given labels.
         return 0 if columns == width else width - 1 - columns
 
-    def forward(self, call: Call, places: Places) -> Tensor:
+    def forward(self, call: Call, places: Places | None) -> Any:
         backbone, base = self._backbone[0], bare(self.model)
         head = base.get_output_embeddings()
         assert backbone is not None
         hidden = backbone(**call.kwargs, use_cache=False).last_hidden_state
+        if places is None:
+            return hidden
         found = wide(head(hidden[places.row, places.column])) * self._scale
         return found if self._cap is None else torch.tanh(found / self._cap) * self._cap
 
@@ -319,8 +346,11 @@ class _LanguageModel(Asked):
 class _Module(Asked):
     """Any module whose output holds logits."""
 
-    def forward(self, call: Call, places: Places) -> Tensor:
-        found = logits_of(call.module(*call.args, **call.kwargs))
+    def forward(self, call: Call, places: Places | None) -> Any:
+        output = call.module(*call.args, **call.kwargs)
+        if places is None:
+            return output
+        found = logits_of(output)
         assert found is not None
         return wide(positions(found, places.columns)[places.row, places.column])
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Call"]
+__all__ = ["Call", "tensors_in"]
 
 _WHOLE: Final = frozenset((torch.int64, torch.int32))
 _PLAIN: Final = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
@@ -38,6 +38,10 @@ class Call:
         args, kwargs = tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs)
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that was given, those within lists, tuples and dicts too."""
+        return tensors_in((self.args, dict(self.kwargs)))
+
     def cut(self, chosen: Tensor, rows: int) -> Call | None:
         """The same for some of its ``rows`` rows; None where they cannot be cut out.
 
@@ -61,6 +65,11 @@ class Call:
             one.dtype in _WHOLE and one.ndim and one.shape[-1] not in lengths for one in others
         )
         return found if lengths and (is_whole or not may_point) else None
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _detached(value: Any) -> Any:

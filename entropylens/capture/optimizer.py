@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
+from entropylens.diagnostics._summaries import wide_dtype
 from entropylens.diagnostics.gradient_norm import total_norm
 from entropylens.registry import GradientReading, UpdateReading
 
@@ -18,6 +20,8 @@ __all__ = [
     "unwrap_optimizer",
     "with_closure",
 ]
+
+_FLOATS: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class OptimizerEvents(Protocol):
@@ -221,13 +225,47 @@ class OptimizerTap:
         before, self._before = self._before, None
         after = self._parameters()
         if before and before.keys() <= after.keys():
-            after = {name: after[name].detach() for name in before}
-            reading = UpdateReading(before=before, after=after, optimizer=self.name)
+            moments, corrections = self._second_moments(after)
+            reading = UpdateReading(
+                before=before,
+                after={name: after[name].detach() for name in before},
+                optimizer=self.name,
+                gradients=self._used_gradients(),
+                second_moments=moments,
+                bias_corrections=corrections,
+            )
             self._events.take("update", reading)
+
+    def _used_gradients(self) -> Mapping[str, Tensor]:
+        """What the step left of the gradients, without a loss scale."""
+        found = self.gradients()
+        scale, flag = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if isinstance(scale, Tensor) and isinstance(flag, Tensor):
+            # torch's fused steps write the gradients back unscaled, but for those they skip.
+            return _Unscaled(found, torch.where(flag > 0, scale, 1.0))
+        return found
+
+    def _second_moments(
+        self, parameters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """Adam's second moments, where they are plain, and what divides them, by name."""
+        moments: dict[str, Tensor] = {}
+        corrections: dict[str, Tensor | float] = {}
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for group in self._optimizer.param_groups:
+            steps: dict[str, Any] = {}
+            for parameter in group["params"]:
+                name, state = names.get(id(parameter)), self._optimizer.state.get(parameter, {})
+                moment = state.get("exp_avg_sq")
+                if name is not None and _is_moment_of(moment, parameter):
+                    moments[name], steps[name] = moment, state.get("step")
+            if "betas" in group:
+                corrections |= _bias_corrections(group["betas"][1], steps)
+        return moments, corrections
 
 
 class _Unscaled(Mapping[str, Tensor]):
-    """Gradients divided by a loss scale one at a time, when they are looked at."""
+    """Gradients divided by a number one at a time, when they are looked at."""
 
     def __init__(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
         self._gradients, self._scale = gradients, scale
@@ -240,6 +278,32 @@ class _Unscaled(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._gradients)
+
+
+def _is_moment_of(moment: Any, parameter: Tensor) -> bool:
+    """Whether it is a plain tensor of the parameter's shape: not sharded, factored or quantised."""
+    return (
+        type(moment) is Tensor
+        and moment.dtype in _FLOATS
+        and moment.shape == parameter.shape
+        and not hasattr(parameter, "placements")
+    )
+
+
+def _bias_corrections(beta: Any, steps: Mapping[str, Any]) -> dict[str, Tensor | float]:
+    """1 - beta^step by name; steps that live on a device stay there."""
+    found: dict[str, Tensor | float] = {}
+    on_device: dict[str, Tensor] = {}
+    for name, step in steps.items():
+        if isinstance(step, Tensor) and not step.is_cpu:
+            on_device[name] = step.reshape(())
+        elif step is not None:
+            found[name] = 1 - beta ** float(step)
+    if on_device:
+        counts = torch.stack(list(on_device.values()))
+        powers = 1 - beta ** counts.to(wide_dtype(counts))
+        found.update(zip(on_device, powers.unbind(), strict=True))
+    return found
 
 
 def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], work: Callable[[], None]) -> Any:

@@ -42,6 +42,18 @@ class Batch:
         grid = Grid(targets=targets, present=torch.ones_like(targets, dtype=torch.bool))
         return cls(call=call, grid=grid, has_targets=False, classes=classes)
 
+    @classmethod
+    def of_rows(cls, call: Call) -> Batch | None:
+        """A forward of whose output nothing is known: every row of what the model is given counts.
+
+        Returns:
+            None where that is no tensor.
+        """
+        given = next(iter(call.tensors()), None)
+        if given is None or not given.ndim:
+            return None
+        return cls.unscored(call, given.new_empty(given.shape[0], 0))
+
 
 @dataclass(frozen=True, kw_only=True)
 class FewStates:
@@ -61,11 +73,14 @@ class FewStates:
     """Of the chosen rows."""
 
 
-def few_states(model: Asked, batch: Batch, generator: torch.Generator) -> FewStates | None:
+def few_states(
+    model: Asked, batch: Batch, generator: torch.Generator, limit: int | None = None
+) -> FewStates | None:
     """Cut a few rows out of a training forward, chosen without looking at them.
 
-    Up to 16 sequences with up to 4,096 positions together, or up to 256 rows of one position each;
-    up to 256 of their scored positions.
+    Up to 16 sequences with up to 4,096 positions together, or up to ``limit`` rows of one position
+    each; up to so many of their scored positions, by default as many as the model can be asked
+    about.
 
     Returns:
         None where they cannot be cut out.
@@ -74,7 +89,8 @@ def few_states(model: Asked, batch: Batch, generator: torch.Generator) -> FewSta
     if call is None:
         return None
     rows, width = grid.shape
-    most = model.limit if width == 1 else min(SEQUENCES, max(TOKENS // (width + 1), 1))
+    limit = model.limit if limit is None else limit
+    most = limit if width == 1 else min(SEQUENCES, max(TOKENS // (width + 1), 1))
     if batch.classes and model.makes_all_logits:
         most = min(most, max(ELEMENTS // (width * batch.classes), 1))
     size = min(most, rows)
@@ -88,7 +104,7 @@ def few_states(model: Asked, batch: Batch, generator: torch.Generator) -> FewSta
     if cut is None or offset < 0:
         return None
     part = Grid(targets=grid.targets[chosen], present=grid.present[chosen])
-    states = choose(part, model.limit, generator)
+    states = choose(part, limit, generator)
     row, column = states.places
     return FewStates(
         call=cut,

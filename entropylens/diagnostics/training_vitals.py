@@ -18,6 +18,8 @@ from entropylens.registry import (
 __all__ = ["TrainingVitals"]
 
 _GIB: Final = 2.0**30
+_TINY: Final = 1e-30
+"""Added to norms, so that two of 0 are equal."""
 _HOST = "read from the trainer or the clock; no device work"
 
 
@@ -54,6 +56,17 @@ METRICS: Final[Mapping[str, Metric]] = {
         "a flat region or a vanishing signal",
         estimator="the value that the loop's own clipping computed, or our norm of the gradients "
         "that Lightning shows before it clips; after unscaling; absent where neither is there",
+    ),
+    "gradient/clip_scale": _metric(
+        "Which part of the gradient did clipping leave?",
+        "min(1, gradient/norm/after_clip / gradient/norm/before_clip); 1 where the latter is 0",
+        "1",
+        "1, but for rounding of up to about 1e-4: not clipped",
+        "clipped: the step is as much smaller. Far below 1 in most steps, the threshold and not "
+        "the gradient sets the size of steps (Adam's are hardly touched by it)",
+        estimator="in steps in which gradients are due; absent where the norm before clipping is "
+        "not known, and of sharded gradients. Both norms must be Euclidean: not with another "
+        "norm_type of clip_grad_norm_",
     ),
     "optimizer/skipped": _metric(
         "Was this step's update called off?",
@@ -180,10 +193,20 @@ def _of_optimizer(reading: OptimizerReading) -> Iterator[tuple[str, str, Tensor 
     name = reading.name
     yield "loss/mean", name, reading.loss
     yield "gradient/norm/before_clip", name, reading.gradient_norm_before_clip
+    yield "gradient/clip_scale", name, _clip_scale(reading)
     yield "optimizer/skipped", name, reading.skipped
     for group, rate in enumerate(reading.learning_rates):
         parts = [name, str(group)] if len(reading.learning_rates) > 1 else [name]
         yield "learning_rate", "/".join(part for part in parts if part), rate
+
+
+def _clip_scale(reading: OptimizerReading) -> Tensor | None:
+    before, after = reading.gradient_norm_before_clip, reading.gradient_norm_after_clip
+    if before is None or after is None:
+        return None
+    if isinstance(before, Tensor):
+        before = before.reshape(())
+    return ((after + _TINY) / (before + _TINY)).clamp(max=1.0)
 
 
 @diagnostic(

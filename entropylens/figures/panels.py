@@ -173,7 +173,15 @@ PANELS: Final = (
     Panel(
         "representation",
         "Representation entropy",
-        (Shown("representation/dse", "diffusion spectral entropy", "purple"),),
+        (Shown("representation/dse", "diffusion spectral entropy, mean of layers", "purple"),),
+    ),
+    Panel(
+        "attention",
+        "Attention heads",
+        (
+            Shown("attention/overloaded/share", "look everywhere", "orange"),
+            Shown("attention/collapsed/share", "look at one place", "red"),
+        ),
     ),
     Panel(
         "gap",

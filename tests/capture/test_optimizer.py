@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from entropylens.capture.optimizer import (
     OptimizerTap,
+    _bias_corrections,
     named_optimizers,
     unwrap_optimizer,
 )
@@ -224,3 +225,135 @@ def test_optimisers_are_named_and_a_single_one_is_not() -> None:
     assert list(named_optimizers({"generator": first, "critic": second})) == ["generator", "critic"]
     with pytest.raises(TypeError, match=r"a wrapper of one, got str"):
         named_optimizers({"generator": first, "critic": "none"})
+
+
+def stepped(make: Callable[[list[Any]], torch.optim.Optimizer], steps: int = 3) -> Any:
+    """The update reading of the last of some steps, whose gradients are 1, 2, 3, ..."""
+    weight, bias = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))
+    names = {id(weight): "weight", id(bias): "bias"}
+    optimizer, events = make([weight, bias]), Events()
+    tap = OptimizerTap(optimizer, events, names, unguarded)
+    for number in range(1, steps + 1):
+        weight.grad, bias.grad = torch.full_like(weight, number), torch.full_like(bias, -number)
+        tap.begin_step()
+        if number == steps:
+            events.due = {"update": ()}
+        optimizer.step()
+    return events.taken["update"]
+
+
+def second_moment(beta: float, steps: int) -> float:
+    found = 0.0
+    for number in range(1, steps + 1):
+        found = beta * found + (1 - beta) * number**2
+    return found
+
+
+ADAM: Mapping[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "fused": lambda p, **more: torch.optim.AdamW(p, fused=True, **more),
+    "amsgrad": lambda p, **more: torch.optim.AdamW(p, amsgrad=True, **more),
+    "foreach": lambda p, **more: torch.optim.Adam(p, foreach=True, **more),
+    "nadam": torch.optim.NAdam,
+}
+
+
+@pytest.mark.parametrize("kind", ADAM)
+def test_second_moments_are_those_after_the_step_with_what_divides_them(kind: str) -> None:
+    reading = stepped(lambda p: ADAM[kind](p, lr=0.1, betas=(0.9, 0.99)))
+    assert set(reading.second_moments) == set(reading.bias_corrections) == {"weight", "bias"}
+    for name, sign in (("weight", 1.0), ("bias", -1.0)):
+        assert reading.gradients[name].unique().item() == 3 * sign
+        moment = reading.second_moments[name]
+        assert moment.shape == reading.before[name].shape
+        assert moment.unique().item() == pytest.approx(second_moment(0.99, 3), rel=1e-5)
+        assert float(reading.bias_corrections[name]) == pytest.approx(1 - 0.99**3, rel=1e-9)
+
+
+def test_each_group_has_its_own_beta() -> None:
+    def make(parameters: list[Any]) -> torch.optim.Optimizer:
+        first: dict[str, Any] = {"params": parameters[:1], "betas": (0.9, 0.5)}
+        return torch.optim.AdamW([first, {"params": parameters[1:]}])
+
+    reading = stepped(make)
+    assert reading.bias_corrections["weight"] == pytest.approx(1 - 0.5**3)
+    assert reading.bias_corrections["bias"] == pytest.approx(1 - 0.999**3)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adafactor, torch.optim.Muon])
+def test_an_optimiser_without_plain_second_moments_has_none(optimizer: Any) -> None:
+    of_matrices = optimizer is torch.optim.Muon
+    reading = stepped(lambda p: optimizer(p[:1] if of_matrices else p, lr=0.1))
+    assert reading.second_moments == {}
+    assert reading.bias_corrections == {}
+    assert reading.gradients["weight"].unique().item() == 3.0
+
+
+def test_moments_that_are_quantised_factored_or_without_bias_correction_are_told_apart() -> None:
+    class Custom(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            weight, bias = self.param_groups[0]["params"]
+            self.state[weight]["exp_avg_sq"] = torch.ones(2, 3, dtype=torch.uint8)
+            self.state[bias]["exp_avg_sq"] = torch.ones(4)
+
+    reading = stepped(lambda p: Custom(p, lr=0.1))
+    assert set(reading.second_moments) == {"bias"}
+    assert reading.bias_corrections == {}
+
+
+class Idle(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        pass
+
+
+def test_steps_that_live_on_a_device_stay_there() -> None:
+    """Of capturable and fused optimisers; meta stands for an accelerator."""
+    parameters = [nn.Parameter(torch.ones(2, device="meta")) for _ in range(2)]
+    optimizer, events = Idle(parameters, lr=0.1), Events("update")
+    OptimizerTap(optimizer, events, {}, unguarded)
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    for at, parameter in enumerate(parameters):
+        step = torch.zeros((1,) * at, device="meta")
+        optimizer.state[parameter] = {"step": step, "exp_avg_sq": torch.zeros_like(parameter)}
+    optimizer.step()
+    corrections = events.taken["update"].bias_corrections
+    assert set(corrections) == {"parameter_0", "parameter_1"}
+    assert all(one.device.type == "meta" and one.shape == () for one in corrections.values())
+
+
+def test_steps_on_a_device_give_what_numbers_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {"a": torch.tensor(1.0), "b": torch.tensor([1000.0])}
+    on_host = _bias_corrections(0.999, steps)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    on_device = _bias_corrections(0.999, steps)
+    assert all(isinstance(one, torch.Tensor) for one in on_device.values())
+    for name, step in (("a", 1), ("b", 1000)):
+        exact = pytest.approx(1 - 0.999**step, rel=1e-12)
+        assert float(on_host[name]) == exact
+        assert float(on_device[name]) == exact
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_gradients_left_by_a_fused_step_bear_no_loss_scale(unscaled: bool, overflow: bool) -> None:
+    """torch's fused steps take it off themselves, unless they skip."""
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer, events = torch.optim.AdamW([first, second], fused=True), Events("update")
+    OptimizerTap(optimizer, events, {id(first): "first", id(second): "second"}, unguarded)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss = 2 * first.sum() + second.sum() * (torch.inf if overflow else 1.0)
+    scaler.scale(loss).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
+    taken: dict[str, torch.Tensor] = {}
+    events.take = lambda reads, reading: taken.update(reading.gradients)  # type: ignore[method-assign]
+    scaler.step(optimizer)
+    assert taken["first"].tolist() == [2.0] * 3
+
+
+def test_gradients_that_the_step_dropped_are_not_there() -> None:
+    class Dropping(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            self.zero_grad()
+
+    assert stepped(lambda p: Dropping(p, lr=0.1)).gradients == {}

@@ -353,9 +353,13 @@ def test_a_plain_loop_writes_one_row_a_layer_and_step(tmp_path: Path) -> None:
     assert hooks_on(model) == 0
 
 
+_INSIDE = ("representation", "attention")
+
+
 def test_a_lens_on_a_dense_model_hooks_no_router(tmp_path: Path) -> None:
     model = tiny.llama()
-    with el.Lens(model, None, run_dir=tmp_path / "run", preset="full"):
+    off = {name: False for name, one in el.all_diagnostics().items() if one.reads in _INSIDE}
+    with el.Lens(model, None, run_dir=tmp_path / "run", preset="full", diagnostics=off):
         assert hooks_on(model) == 1
 
 

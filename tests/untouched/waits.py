@@ -26,7 +26,13 @@ ALLOWED = {
     ("micro_batches.py", "identifiers"),
     # A checkpoint is written: its time is no step's time.
     ("lens.py", "state_dict"),
+    # Steps that torch's optimisers count on the host; what they count on a device stays there.
+    ("optimizer.py", "_bias_corrections"),
 }
+PASSED_ON = ("attention.py", "__torch_dispatch__")
+"""Carries out what the model asks for."""
+ON_HOST = ("session.py", "decompose")
+"""Works on copies that have been brought to the host, in another thread where they had to be."""
 _METHODS = ("cpu", "to", "numpy", "tolist", "item", "__array__", "__bool__", "__float__", "__int__")
 
 
@@ -63,8 +69,11 @@ class Waits(TorchDispatchMode):
         frame: Any = sys._getframe(1)
         while frame is not None:
             path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+            if (path.name, function) == PASSED_ON:
+                frame = frame.f_back
+                continue
             if any(folder in path.parents for folder in OURS):
-                if (path.name, function) not in ALLOWED:
+                if (path.name, function) not in ALLOWED and not _is_on_host(frame):
                     self.found.append(f"{what} at {path.name}:{frame.f_lineno} {function}")
                 return
             is_library = "site-packages" in path.parts or path == Path(__file__)
@@ -72,6 +81,14 @@ class Waits(TorchDispatchMode):
                 break
             frame = frame.f_back
         self.theirs += 1
+
+
+def _is_on_host(frame: Any) -> bool:
+    while frame is not None:
+        if (Path(frame.f_code.co_filename).name, frame.f_code.co_name) == ON_HOST:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _noting(mode: Waits, name: str) -> Callable[..., Any]:
