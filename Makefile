@@ -42,6 +42,7 @@ bench: $(READY) ## Run every benchmark at its full size
 sample-runs: $(READY) ## Train those sample runs that are not finished
 	for run in collapse destroyed adaptive small; do \
 	  $(BIN)/python sample_runs/grpo_countdown/train.py --run $$run || exit 1; done
+	$(BIN)/python sample_runs/fashion_overfit/run.py
 
 soak: $(READY) ## The long proofs
 	$(BIN)/python -m pytest -m soak tests

@@ -75,7 +75,7 @@ def main() -> int:
 def figures(cases: list[dict[str, Any]]) -> dict[str, float]:
     """The least speed-up of all cases of one size, and the greatest error."""
     found: dict[str, float] = {}
-    for way, name in (("fast", ""), ("exact", "exact_")):
+    for way, name in (("exact", ""), ("fast", "fast_")):
         for rows in sorted({case["rows"] for case in cases}):
             speeds = [case[way]["speedup"] for case in cases if case["rows"] == rows]
             found[f"{name}speedup_{rows}"] = min(speeds)

@@ -66,11 +66,13 @@ class Budget:
         self.next_review = 0.0
         """On the clock of `time.perf_counter`: before it, and within ten steps of the last review,
         `end_step` only counts."""
+        self.paused = 0.0
+        """Seconds in which no training step ran, since the beginning: only grows."""
         self._warm = False
         self._calm = 0
-        self._spent = self._paused = self._light = self._step_began = self._writer_cpu = 0.0
+        self._spent = self._light = self._step_began = self._writer_cpu = 0.0
         self._steps = self._vital_steps = self._light_steps = 0
-        self._since = perf_counter()
+        self._since = self._now()
 
     def spend(self, seconds: float) -> None:
         """Count time that the training thread (or the device) spent on us."""
@@ -78,7 +80,7 @@ class Budget:
 
     def pause(self, seconds: float) -> None:
         """Leave out wall time in which no training step ran."""
-        self._paused += seconds
+        self.paused += seconds
         self.next_review += seconds
 
     def resume(self, rows: int | None, widening: int, vitals_widening: int) -> None:
@@ -118,7 +120,7 @@ class Budget:
                 self._warm = True
                 self._restart(writer_cpu)
             return None
-        elapsed = perf_counter() - self._since - self._paused
+        elapsed = self._now() - self._since
         if elapsed < REVIEW_SECONDS or self._steps < REVIEW_STEPS:
             return None
         fraction = (self._spent + writer_cpu - self._writer_cpu) / elapsed
@@ -127,10 +129,13 @@ class Budget:
         return Review(fraction, self._judge(fraction, of_vitals, tokens))
 
     def _restart(self, writer_cpu: float) -> None:
-        self._since, self._writer_cpu = perf_counter(), writer_cpu
-        self._spent = self._paused = self._light = self._step_began = 0.0
+        self._since, self._writer_cpu = self._now(), writer_cpu
+        self._spent = self._light = self._step_began = 0.0
         self._steps = self._vital_steps = self._light_steps = 0
-        self.next_review = self._since + REVIEW_SECONDS
+        self.next_review = perf_counter() + REVIEW_SECONDS
+
+    def _now(self) -> float:
+        return perf_counter() - self.paused
 
     def _judge(self, fraction: float, of_vitals: float, tokens: int) -> str | None:
         limit = self.max_overhead

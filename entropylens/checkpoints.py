@@ -1,12 +1,11 @@
 """Weights of a checkpoint, a tensor at a time: safetensors, PyTorch's files, PEFT's adapters."""
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ __all__ = ["Adapter", "Checkpoint", "open_checkpoint"]
 
 _PICKLED: Final = (".pt", ".pth", ".bin", ".ckpt")
 _INDICES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WRAPPINGS: Final = ("state_dict", "model_state_dict", "model")
+_WRAPPINGS: Final = ("state_dict", "model_state_dict", "model", "module")
 _CONFIG: Final = "adapter_config.json"
 _PREFIX: Final = "base_model.model."
 _FACTOR: Final = ".lora_"
@@ -33,6 +32,7 @@ _COMPANIONS: Final[Mapping[str, str]] = {
 }
 """Scales and tables beside quantised weights, and how the weights' own names end: those of
 bitsandbytes, float8, compressed-tensors, GPTQ and AWQ, MXFP4."""
+_SHOWN: Final = 12
 _NO_WEIGHTS: Final = (torch.bool, torch.int64)
 """What masks and positions are kept in."""
 
@@ -45,8 +45,8 @@ class Adapter:
     """A LoRA adapter, by its adapter_config.json."""
 
     alpha: float
-    alphas: Mapping[str, float]
-    """For modules whose name ends in such a pattern, instead of ``alpha``."""
+    alphas: Mapping[re.Pattern[str], float]
+    """For modules whose name is of such a pattern, instead of ``alpha``."""
     is_stabilised: bool
     """Whether alpha is divided by sqrt(r), not r (rsLoRA)."""
     is_transposed: bool
@@ -56,7 +56,7 @@ class Adapter:
 
     def scale(self, module: str, rank: int) -> float:
         """Factor of the product B A of one module."""
-        own = (a for key, a in self.alphas.items() if re.match(rf"(.*\.)?({key})$", module))
+        own = (alpha for pattern, alpha in self.alphas.items() if pattern.match(module))
         return next(own, self.alpha) / (sqrt(rank) if self.is_stabilised else rank)
 
 
@@ -88,10 +88,12 @@ class Checkpoint:
         a base its sum with the product stands beside it, as ``NAME+lora``.
         """
         place, factor, _ = group[0].partition(_FACTOR)
+        if factor and (refused := _misfit(self.tensors, group)):
+            return MatrixSet(refused=refused)
         if self.adapter is None or not factor:
             return _read(self.tensors, group)
         inner = (self.tensors[name] for name in group if "A" in name.removeprefix(place + factor))
-        ranks = [value.shape[0] for value in inner] or [1]
+        ranks = [len(value) for value in inner if value.ndim and len(value)] or [1]
         module = place.removeprefix(_PREFIX)
         found = _read(self.tensors, group, self.adapter.scale(module, ranks[0]))
         if self.base and found.matrices:
@@ -109,6 +111,8 @@ class Checkpoint:
             found.refused[name] = "the adapter has learnt magnitudes (DoRA)"
         elif refused := _read(self.base, [weight]).refused:
             found.refused[name] = f"of its base: {refused[weight]}"
+        elif misfit := _beside(self.base[weight].shape, product.shape, is_transposed):
+            found.refused[name] = misfit
         else:
             value = self.base[weight]
             read = partial(_sum, self.base, weight, product, is_transposed)
@@ -123,11 +127,37 @@ def _read(
         value = tensors[name]
         if f"{name}.absmax" in tensors:
             refused[name] = "it is quantised (packed by bitsandbytes)"
+        elif value.layout != torch.strided:
+            refused[name] = f"it is sparse ({str(value.layout).removeprefix('torch.')})"
         elif value.ndim > 1 and value.dtype in _NO_WEIGHTS:
             refused[name] = f"it holds no weights ({str(value.dtype).removeprefix('torch.')})"
     if refused:
         return MatrixSet(refused=refused)
     return matrices_in({name: tensors[name] for name in names}, scale=scale)
+
+
+def _misfit(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:
+    """Why factors of a LoRA product cannot be multiplied, by the first one's name."""
+    found = [(re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name), name) for name in names]
+    sides = {match[1]: tensors[name].shape for match, name in found if match}
+    if sides.keys() != {"A", "B"}:
+        return {}
+    inner, outer = sides["A"], sides["B"]
+    if min(len(inner), len(outer)) > 1 and 0 < inner[0] == prod(outer[1:]):
+        return {}
+    return {names[0]: f"{_by(outer)} and {_by(inner)} have no product"}
+
+
+def _beside(base: Sequence[int], product: Sequence[int], is_transposed: bool) -> str | None:
+    """Why a product cannot be added to its base."""
+    rows, columns = product[::-1] if is_transposed else product
+    if len(base) > 1 and (base[0], prod(base[1:])) == (rows, columns):
+        return None
+    return f"its base is of {_by(base)}, the product of {rows}x{columns}"
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "no axes"
 
 
 def _is_companion(name: str, names: Mapping[str, Tensor]) -> bool:
@@ -188,20 +218,65 @@ def _adapter(path: Path) -> Adapter:
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
         raise EntropyLensError(f"spectra: expected a LoRA adapter, {path} is of a {kind}")
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise EntropyLensError(f"spectra: expected alpha_pattern as an object in {path}")
     return Adapter(
-        alpha=float(config["lora_alpha"]),
-        alphas=config.get("alpha_pattern") or {},
+        alpha=_alpha(config.get("lora_alpha"), "lora_alpha", path),
+        alphas={
+            _pattern(key, path): _alpha(value, f"alpha_pattern {key!r}", path)
+            for key, value in alphas.items()
+        },
         is_stabilised=bool(config.get("use_rslora")),
         is_transposed=bool(config.get("fan_in_fan_out")),
         has_magnitudes=bool(config.get("use_dora")),
     )
 
 
+def _alpha(value: Any, what: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        got = "none" if value is None else repr(value)
+        raise EntropyLensError(f"spectra: expected a number as {what} in {path}, got {got}")
+    return float(value)
+
+
+def _pattern(key: str, path: Path) -> re.Pattern[str]:
+    """PEFT's, of the names of modules that a key stands for."""
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise EntropyLensError(
+            f"spectra: expected regular expressions in alpha_pattern of {path}, got {key!r} "
+            f"({error.msg})"
+        ) from None
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise EntropyLensError(f"spectra: expected JSON in {path}, got {error}") from None
+    if not isinstance(found, dict):
+        raise EntropyLensError(
+            f"spectra: expected a JSON object in {path}, got a {type(found).__name__}"
+        )
+    return found
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, which must lie beside it."""
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise EntropyLensError(f"spectra: expected a weight_map by tensor name in {index}")
+    for name in names.values():
+        if not isinstance(name, str) or set("/\\\0") & set(name):
+            raise EntropyLensError(
+                f"spectra: expected names of files beside it in {index}, got {name!r}"
+            )
+    files = [index.parent / name for name in sorted({*names.values()})]
+    for missing in (file for file in files if not file.is_file()):
+        raise EntropyLensError(f"spectra: expected {missing}, which {index.name} names")
+    return files
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:
@@ -249,10 +324,7 @@ def _files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights, not its optimiser's state."""
     for index in _INDICES:
         if (folder / index).is_file():
-            files = sorted({*_json(folder / index)["weight_map"].values()})
-            for missing in (name for name in files if not (folder / name).is_file()):
-                raise EntropyLensError(f"spectra: expected {folder / missing}, which {index} names")
-            return [folder / name for name in files]
+            return _indexed(folder / index)
     for pattern in (
         "model.safetensors",
         "*.safetensors",
@@ -291,28 +363,38 @@ def _safetensors(path: Path) -> dict[str, Callable[[], Tensor]]:
 def _pickled(path: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         loaded = _loaded(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds {foreign[1]}, which could run code" if foreign else _first(error)
-        raise EntropyLensError(
-            f"spectra: expected {path} to hold tensors alone, but {reason}; "
-            f"save the model's state_dict"
-        ) from None
-    while isinstance(loaded, Mapping):
-        inside = [loaded[key] for key in _WRAPPINGS if isinstance(loaded.get(key), Mapping)]
-        if not inside:
-            break
-        loaded = inside[0]
+    except OSError:
+        raise
+    except Exception as error:
+        raise EntropyLensError(_refusal(path, error)) from None
+    keys = [*loaded] if isinstance(loaded, Mapping) else []
+    for _ in _WRAPPINGS:
+        held = loaded if isinstance(loaded, Mapping) else {}
+        inside = [held[key] for key in _WRAPPINGS if isinstance(held.get(key), Mapping)]
+        loaded = inside[0] if inside else loaded
     if not isinstance(loaded, Mapping):
         raise EntropyLensError(
             f"spectra: expected a state_dict in {path}, got a {type(loaded).__name__}"
         )
     tensors = {str(name): one for name, one in loaded.items() if isinstance(one, Tensor)}
+    if keys and not tensors:
+        raise EntropyLensError(
+            f"spectra: expected tensors in {path}, found none under its keys "
+            f"({', '.join(map(str, keys[:_SHOWN]))}); save the model's state_dict"
+        )
     return {name: partial(_itself, value) for name, value in tensors.items()}
 
 
-def _first(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+def _refusal(path: Path, error: Exception) -> str:
+    """Why a file is not loaded; torch's own words advise to run what is in it."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign is None:
+        kind = type(error).__name__
+        return f"spectra: expected a PyTorch file, {path} is none, or damaged ({kind})"
+    return (
+        f"spectra: expected {path} to hold tensors alone, but it holds {foreign[1]}, which could "
+        f"run code; save the model's state_dict"
+    )
 
 
 def _itself(value: Tensor) -> Tensor:

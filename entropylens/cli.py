@@ -292,6 +292,8 @@ def spectra(
         raise ValueError(unknown_name("spectra", "sort key", sort, SORTS))
     if output is not None and output.exists() and not force:
         raise ValueError(f"spectra: expected {output} to be free, got a file; use --force")
+    if output is not None:
+        _check_place(output)
     opened = open_checkpoint(checkpoint, base)
     rows, refused = spectra_of(opened, only or (), with_permuted=permuted, track=_progress)
     if only and not rows and not refused:
@@ -423,6 +425,16 @@ def _progress(groups: Sequence[Any]) -> Iterator[Any]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     yield from track(groups, "tensors", console=console, transient=True, disable=hidden)
+
+
+def _check_place(output: Path) -> None:
+    """What cannot be written is better known before anything is computed."""
+    if output.is_dir():
+        raise ValueError(f"spectra: expected a file as --output, got the folder {output}; name one")
+    if not output.parent.is_dir():
+        raise ValueError(
+            f"spectra: expected a folder for --output at {output.parent}, found none; make it first"
+        )
 
 
 def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from entropylens.capture.asking import obstacle
-from entropylens.capture.insides import Insides, ProbeSet
+from entropylens.capture.insides import Insides, ProbeSet, Seen
 from entropylens.capture.probe import Batch
 from entropylens.ration import Ration
 from entropylens.session import Session
@@ -19,7 +19,11 @@ __all__ = ["Inspection"]
 
 SHARE: Final = 1 / 8
 """Of the limit of overhead, that inspections may take."""
-_OF_INSIDES: Final = frozenset(("representation", "attention"))
+_NO_LAYER: Final = (
+    "no representation/*: no layer stands before the head; name some (ProbeSet(layers=...))"
+)
+_MOST_FAILURES: Final = 3
+"""Times that memory may not have been enough."""
 
 
 class Inspection:
@@ -38,6 +42,7 @@ class Inspection:
         self._session, self._wanted = session, wanted
         self._insides: Insides | None = None
         self._has_attention = True
+        self._failures = 0
 
     def ask(self, model: nn.Module, number: int, generator: torch.Generator) -> list[str]:
         """Inspect this model, from step ``number`` on, if it is one that can be inspected.
@@ -46,7 +51,7 @@ class Inspection:
             What can be read of it.
 
         Raises:
-            ValueError: A pattern of layers fits no module, or the inputs hold no tensor.
+            ValueError: A pattern of layers fits no module, or the inputs are none.
         """
         reason = obstacle(model)
         if reason is not None:
@@ -59,11 +64,8 @@ class Inspection:
             self._give_up("rows cannot be cut out of the probe set's inputs", number)
             return []
         self._insides = insides
-        if not insides.layers:
-            event = self._session.writer.event
-            event("capture", "no representation/*: no layer stands before the head; name some "
-                  "(ProbeSet(layers=...))", step=number)  # fmt: skip
-            return ["attention"]
+        if insides.rows and not insides.layers:
+            self._say(_NO_LAYER, number)
         return ["representation", "attention"]
 
     @property
@@ -74,54 +76,97 @@ class Inspection:
 
     def keep(self, batch: Batch | None, number: int, generator: torch.Generator) -> None:
         """Keep rows of a training batch, if any are wanted."""
-        if not self.wants_batch or self._insides is None:
+        insides = self._insides
+        if not self.wants_batch or insides is None:
             return
         if batch is None:
             self._give_up("what it is given is not shown", number)
-        elif not self._insides.keep(batch, generator):
-            names = ", ".join(batch.call.kwargs) or "positional ones"
+            return
+        names, is_first = ", ".join(batch.call.kwargs) or "positional ones", not insides.rows
+        try:
+            is_kept = insides.keep(batch, generator)
+        except Exception as error:
+            self._give_up(f"rows of its inputs ({names}) cannot be kept: {_brief(error)}", number)
+            return
+        if is_kept and is_first and not insides.layers:
+            self._say(_NO_LAYER, number)
+        if not is_kept:
             self._give_up(f"rows cannot be cut out of its inputs ({names})", number)
-        elif self._insides.is_complete:
-            rows = self._insides.rows
-            what = "positions" if self._insides.are_tokens else "rows"
-            self._session.writer.event(
-                "probe_set",
-                f"representations and attention are measured on {rows} {what} of training batches "
-                f"up to step {number}; after a resume on others, unless ProbeSet(inputs=...) is "
-                f"given",
-                step=number,
+        elif insides.is_complete:
+            what = "positions" if insides.are_tokens else "rows"
+            message = (
+                f"representations and attention are measured on {insides.rows} {what} of training "
+                f"batches up to step {number}; after a resume on others, unless "
+                f"ProbeSet(inputs=...) is given"
             )
+            self._session.writer.event("probe_set", message, step=number)
 
     def inspect(self, stamp: Stamp) -> None:
         """Run the model on the probe set, at the end of a step, if that is due and paid for."""
         session, insides = self._session, self._insides
-        due = _OF_INSIDES & session.due.keys()
-        if insides is None or not due or not insides.rows or self.wants_batch:
+        if insides is None or not insides.rows or self.wants_batch:
             return
-        if not (self.ration.is_open and session.can_decompose):
+        states = "representation" in session.due and bool(insides.layers)
+        attention = "attention" in session.due and self._has_attention
+        if not (states or attention) or not (self.ration.is_open and session.can_decompose):
             return
         began = perf_counter()
+        session.clock.start()
         try:
-            seen = insides.look(
-                states="representation" in due and bool(insides.layers),
-                attention="attention" in due and self._has_attention,
-            )
+            seen = self._seen(insides, stamp.step, states=states, attention=attention)
+        finally:
+            session.clock.stop()
+            self.ration.charge(perf_counter() - began)
+        if seen is not None:
+            began = perf_counter()
+            self._measure(insides, seen, stamp)
+            self.ration.charge(perf_counter() - began)
+
+    def _seen(self, insides: Insides, number: int, *, states: bool, attention: bool) -> Seen | None:
+        """What a look sees; None where it cannot look, of which the second time is the last."""
+        try:
+            seen = insides.look(states=states, attention=attention)
         except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            self._give_up(f"{type(error).__name__}: {said}", stamp.step)
-            return
+            if states and attention and self._can_do_without_attention(insides, number, error):
+                return None
+            self._failures += 1
+            if self._failures >= _MOST_FAILURES or not isinstance(error, torch.OutOfMemoryError):
+                self._give_up(_brief(error), number)
+            return None
+        if attention and seen.attention is None:
+            self._has_attention = False
+        if states and not seen.states:
+            insides.layers = []
+            self._say("no representation/*: no layer gave states of each row", number)
+        return seen
+
+    def _can_do_without_attention(self, insides: Insides, number: int, error: Exception) -> bool:
+        """Some kernels cannot be looked at while they run."""
+        try:
+            insides.look(states=True, attention=False)
+        except Exception:
+            return False
+        self._has_attention = False
+        self._say(f"no attention/*: {_brief(error)}", number)
+        return True
+
+    def _measure(self, insides: Insides, seen: Seen, stamp: Stamp) -> None:
+        session, attention = self._session, seen.attention
         if seen.states:
-            session.decompose("representation", insides.tensors(seen), insides.reading, stamp)
-        attention = seen.attention
+            tensors = insides.tensors(seen)
+            session.decompose("representation", tensors, insides.reading, stamp, self.ration.owe)
         if attention is not None:
             session.measure("attention", lambda: attention)
-        elif "attention" in due:
-            self._has_attention = False
-        self.ration.charge(perf_counter() - began)
 
     def _give_up(self, reason: str, number: int) -> None:
         """Say once why nothing is told of representations, and have nothing kept any more."""
         self._insides = None
-        self._session.writer.event(
-            "capture", f"no representation/* and no attention/*: {reason}", step=number
-        )
+        self._say(f"no representation/* and no attention/*: {reason}", number)
+
+    def _say(self, message: str, number: int) -> None:
+        self._session.writer.event("capture", message, step=number)
+
+
+def _brief(error: Exception) -> str:
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}"

@@ -28,7 +28,7 @@ class Ration:
     def __init__(self, budget: Budget, share: float) -> None:
         limit = budget.max_overhead
         self._budget, self._rate = budget, None if limit is None else share * limit
-        self._owed, self._paid_at = 0.0, perf_counter()
+        self._owed, self._paid_at = 0.0, self._now()
 
     @property
     def is_open(self) -> bool:
@@ -41,11 +41,20 @@ class Ration:
             self._budget.spend(-seconds)
             self._owed += seconds
 
+    def owe(self, seconds: float) -> None:
+        """Owe for a look that nothing else is charged with: one that another thread took."""
+        if self._rate is not None:
+            self._owed += seconds
+
     def pay(self) -> None:
-        """Pay for the time that has passed since the last payment, at the end of a step."""
+        """Pay for the training time since the last payment, at the end of a step."""
         if self._rate is None:
             return
-        now = perf_counter()
+        now = self._now()
         earned = self._rate * (now - self._paid_at)
         self._budget.spend(max(min(self._owed, earned), 0.0))
         self._owed, self._paid_at = max(self._owed - earned, -SAVED_SECONDS), now
+
+    def _now(self) -> float:
+        """A clock that stands still in pauses: the budget does not count what is paid in them."""
+        return perf_counter() - self._budget.paused

@@ -323,9 +323,8 @@ class RepresentationReading:
     """
 
     states: Mapping[str, Tensor]
-    """By layer ``[N, D]``, float32; of layers with further axes the mean over them."""
-    inputs: Tensor | None = None
-    """``[N, D]`` what the model is given, where that is real numbers."""
+    """By layer ``[N, D]``, float32; of layers with further axes the mean over them, padding left
+    out."""
     labels: Sequence[int] | None = None
     """Class of each row, or its target token; None where that is not known."""
     input_clusters: Sequence[int] | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from entropylens.budget import Budget
 from entropylens.capture.device import DeviceClock
-from entropylens.elsewhere import Elsewhere
+from entropylens.elsewhere import Elsewhere, Measured
 from entropylens.following import Followers
 from entropylens.registry import Block, Diagnostic, all_diagnostics
 from entropylens.schedule import Schedule
@@ -25,6 +26,10 @@ __all__ = ["Session"]
 
 FLUSH_SECONDS: Final = 1.0
 FLUSH_BLOCKS: Final = 512
+CLOSE_SECONDS: Final = 60.0
+"""How long `close` and `flush` wait for readings that are measured elsewhere."""
+EXIT_SECONDS: Final = 10.0
+"""How long they are waited for where the process is told to end, or ends without `close`."""
 LOOK_SECONDS: Final = 0.1
 """Longest time without a look at the clock, where nothing is due."""
 UNTIMED_SECONDS: Final = 4e-6
@@ -89,10 +94,11 @@ class Session:
         self._steps_done = 0
         self._is_aside = False
         self._closed = False
+        self._pid = os.getpid()
         self._forwarded: Sequence[str] = ()
         self._latest: dict[str, float] = {}
-        atexit.register(self._drain)
-        writer.before_exit = self._drain
+        atexit.register(self._leave)
+        writer.before_exit = self._leave
 
     @property
     def run_dir(self) -> Path:
@@ -215,12 +221,22 @@ class Session:
         self.clock.stop()
 
     @property
+    def is_host(self) -> bool:
+        """Whether the model lives where `decompose` measures, which then does so at once."""
+        return self._is_host
+
+    @property
     def can_decompose(self) -> bool:
         """Whether a reading for `decompose` would be measured soon."""
         return not self._elsewhere.is_full
 
     def decompose(
-        self, reads: str, tensors: Any, reading: Callable[[Any], Any], stamp: Stamp
+        self,
+        reads: str,
+        tensors: Any,
+        reading: Callable[[Any], Any],
+        stamp: Stamp,
+        took: Callable[[float], None],
     ) -> None:
         """Measure what is due on a reading whose diagnostics decompose matrices.
 
@@ -232,15 +248,18 @@ class Session:
             tensors: Of the reading, in lists and dicts.
             reading: Makes the reading of them.
             stamp: Of its rows.
+            took: Told, on this thread and in a later step, the seconds that a reading measured
+                beside the training took: the budget is not charged with them here.
         """
         if self._is_host:
             self.measure(reads, lambda: reading(tensors))
         elif reads in self.due:
-            self._elsewhere.measure(self.due[reads], tensors, reading, stamp)
+            self._elsewhere.measure(self.due[reads], tensors, reading, stamp, took)
 
-    def _collect(self, *, wait: bool = False) -> None:
-        for measured in self._elsewhere.collect(wait=wait):
-            self.budget.spend(measured.cpu_seconds)
+    def _collect(self, found: Iterable[Measured]) -> None:
+        for measured in found:
+            if measured.seconds is not None:
+                measured.took(measured.seconds)
             for where, error in measured.faults:
                 self.writer.fault(where, error)
             for name, blocks, state in measured.blocks:
@@ -271,7 +290,7 @@ class Session:
                 self._transfer.add(block, replace(stamp, phase=phase) if phase else stamp)
             except TypeError as error:
                 self.writer.fault(f"diagnostic {name}", error)
-        self._collect()
+        self._collect(self._elsewhere.collect())
         self._review(stamp.step, slots)
         now = perf_counter()
         if now - self._flushed >= FLUSH_SECONDS or len(self._transfer) >= FLUSH_BLOCKS:
@@ -383,6 +402,12 @@ class Session:
             "vitals_widening": self.budget.vitals_widening,
         }
 
+    def forget(self, reads: str) -> None:
+        """Have diagnostics of a reading begin anew: what they remember is of something else."""
+        for name, found in self._diagnostics.items():
+            if found.reads == reads:
+                self._states[name] = found.initial_state()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` gave; diagnostics that are off now are left out."""
         known = state.get("diagnostics", {})
@@ -394,7 +419,7 @@ class Session:
 
     def flush(self) -> None:
         """Bring everything measured so far to files, waiting for device and disk."""
-        self._drain()
+        self._drain(CLOSE_SECONDS)
         self.writer.flush()
 
     def close(self, state: str, reason: str) -> bool:
@@ -406,11 +431,16 @@ class Session:
         if self._closed:
             return False
         self._closed = True
-        atexit.unregister(self._drain)
-        self._drain()
+        atexit.unregister(self._leave)
+        self._drain(CLOSE_SECONDS)
         self.writer.close(state, reason)
         return True
 
-    def _drain(self) -> None:
-        self.aside("elsewhere", lambda: self._collect(wait=True))
+    def _leave(self) -> None:
+        self._drain(EXIT_SECONDS)
+
+    def _drain(self, seconds: float) -> None:
+        if os.getpid() != self._pid:  # A fork has the rows that wait, but not the threads.
+            return
+        self.aside("elsewhere", lambda: self._collect(self._elsewhere.finish(seconds)))
         self.aside("transfer", lambda: self._transfer.flush(wait=True))

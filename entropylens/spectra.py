@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import inf
+from math import inf, isnan
 from typing import Any, Final
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from entropylens.capture.matrices import Matrix
 from entropylens.checkpoints import Checkpoint
 from entropylens.diagnostics._spectra import (
+    effective_shape,
     marchenko_pastur,
     null_entropy_deficit,
     null_kappa,
@@ -85,14 +86,15 @@ def spectrum(
         Numbers by name. None is what is not known: ``kappa``, ``kappa_to_null`` and ``sigma_min``
         where rounding of what is stored hides the smallest singular value (``kappa_floor`` is then
         what kappa is at least), volume and deficit where it hides those or one is 0, what compares
-        with chance for a product of thin factors. None where an entry is not finite or all are 0.
+        with chance for a product of thin factors, and whatever is not a number. None where an entry
+        is not finite or all are 0.
     """
     value = matrix.read()
     singular = singular_values(value)
     if not singular[0] > 0:
         return None
     of = summarise(singular, matrix.shape, matrix.stored, rank=matrix.rank)
-    law = marchenko_pastur(singular, matrix.shape)
+    law = marchenko_pastur(singular, effective_shape(value), matrix.stored)
     kappa = _number(of.kappa, of.is_kappa_known)
     deficit = _number(of.entropy_deficit, of.is_volume_known)
     has_null = matrix.rank is None
@@ -110,12 +112,12 @@ def spectrum(
         "null_kappa": chance_kappa,
         "sigma_max": _number(of.sigma_max, is_scaled),
         "sigma_min": _number(of.sigma_min, of.is_kappa_known & is_scaled),
-        "stable_rank": float(of.stable_rank),
-        "effective_rank": float(of.effective_rank),
+        "stable_rank": _number(of.stable_rank),
+        "effective_rank": _number(of.effective_rank),
         "full_rank": matrix.rank or min(matrix.shape),
         "entropy_deficit": deficit,
         "log_volume": _number(of.log_volume, of.is_volume_known & is_scaled),
-        "outliers": int(law.outliers) if has_null else None,
+        "outliers": _count(law.outliers, has_null),
         "marchenko_pastur_distance": _number(law.distance, has_null),
     }
     if with_permuted:
@@ -134,14 +136,20 @@ def _by_chance(
             _number(of.entropy_deficit, of.is_volume_known), chance_deficit
         ),
         "permuted_kappa": _number(of.kappa, of.is_kappa_known),
-        "permuted_sigma_max": float(of.sigma_max),
+        "permuted_sigma_max": _number(of.sigma_max),
         "above_permuted": int((singular > mixed[0]).sum()),
     }
     return found if matrix.rank is None else dict.fromkeys(found)
 
 
-def _number(value: Any, is_known: Any) -> float | None:
-    return float(value) if is_known else None
+def _number(value: Any, is_known: Any = True) -> float | None:
+    """None is what is not known, and what is not a number."""
+    return float(value) if is_known and not isnan(value) else None
+
+
+def _count(value: Any, is_known: bool) -> int | None:
+    found = _number(value, is_known)
+    return None if found is None else int(found)
 
 
 def _less(value: float | None, chance: float | None) -> float | None:

@@ -20,7 +20,9 @@ SHARE: Final = 1 / 8
 MOST_SECONDS: Final = 0.1
 """In one step, after which no other visit begins: where nothing limits the overhead."""
 LONGEST_SECONDS: Final = 2.0
-"""Of one visit, which holds the training up where that runs on a CPU."""
+"""Of one visit on a CPU, which holds the training up."""
+LONGEST_SECONDS_ELSEWHERE: Final = 60.0
+"""Of one visit beside a training on an accelerator, which goes on meanwhile."""
 _SECONDS: Final = 3e-10
 """Of a visit by m n min(m, n), before any was timed."""
 _UNTIMED: Final = 1e7
@@ -35,7 +37,8 @@ class Visits:
 
     In a step in which weights are due as many are visited as `Ration` pays for, and the next time
     those after them; each rank begins elsewhere in the list, so that several see all of it sooner.
-    A matrix whose visit would take more than two seconds is left out, and an event names it.
+    A matrix whose visit would take more than two seconds is left out for good, and an event names
+    it; on an accelerator, where a thread beside the training measures, more than a minute.
 
     Args:
         session: Of the run.
@@ -79,7 +82,9 @@ class Visits:
                 return
             matrix = self._matrices[self._next]
             self._next = (self._next + 1) % len(self._matrices)
-            if self._rate * _size(matrix) > LONGEST_SECONDS:
+            if matrix.name in self._left_out:
+                continue
+            if self._rate * _size(matrix) > self._longest:
                 self._leave_out(matrix, stamp)
             else:
                 self._show(matrix, stamp)
@@ -92,23 +97,35 @@ class Visits:
                 name=matrix.name, matrix=tensors[0], stored=matrix.stored, rank=matrix.rank
             )
 
-        self._session.decompose("weight", [matrix.read()], reading, stamp)
-        took = perf_counter() - began
-        if _size(matrix) > _UNTIMED:
-            self._rate = took / _size(matrix)
-        self.ration.charge(took)
+        def took(seconds: float) -> None:
+            self.ration.owe(seconds)
+            self._learn(size, seconds)
+
+        size = _size(matrix)
+        self._session.decompose("weight", [matrix.read()], reading, stamp, took)
+        seconds = perf_counter() - began
+        self.ration.charge(seconds)
+        if self._session.is_host:
+            self._learn(size, seconds)
+
+    def _learn(self, size: float, seconds: float) -> None:
+        if size > _UNTIMED:
+            self._rate = seconds / size
+
+    @property
+    def _longest(self) -> float:
+        return LONGEST_SECONDS if self._session.is_host else LONGEST_SECONDS_ELSEWHERE
 
     def _leave_out(self, matrix: Matrix, stamp: Stamp) -> None:
-        if matrix.name not in self._left_out:
-            self._left_out.add(matrix.name)
-            out, width = matrix.shape
-            self._session.writer.event(
-                "capture",
-                f"no spectrum of {matrix.name}: {out} x {width} would hold the training up for "
-                f"{self._rate * _size(matrix):.0f} s; `entropylens spectra` shows it of a "
-                f"checkpoint",
-                step=stamp.step,
-            )
+        self._left_out.add(matrix.name)
+        out, width = matrix.shape
+        cost = "hold the training up" if self._session.is_host else "keep a thread busy"
+        self._session.writer.event(
+            "capture",
+            f"no spectrum of {matrix.name}: {out} x {width} would {cost} for "
+            f"{self._rate * _size(matrix):.0f} s; `entropylens spectra` shows it of a checkpoint",
+            step=stamp.step,
+        )
 
     def _all(self) -> MatricesReading:
         single = [matrix for matrix in self._matrices if len(matrix.parameters) == 1]

@@ -114,6 +114,8 @@ class Watch:
         self._open = MicroBatches()
         self._call: tuple[Call, Tensor | None] | None = None
         """What the model was given last in the step in progress, and what it made of it."""
+        self._calls: dict[int, Call] = {}
+        """What it was given since targets were last shown, by where its logits are in memory."""
 
     # -- taps --------------------------------------------------------------------------------
 
@@ -143,6 +145,9 @@ class Watch:
     def inspect(self, model: nn.Module, wanted: ProbeSet) -> None:
         """Run a model on a probe set now and then, if it is one that can be inspected."""
         inspection = Inspection(self._session, wanted)
+        if wanted.inputs is None:
+            # Other rows than before a resume: no drift can be told from what was seen on those.
+            self._session.forget("attention")
         readable = inspection.ask(model, self._number, self._generator(self._device))
         if readable:
             self._inspection = inspection
@@ -238,6 +243,8 @@ class Watch:
 
     def take_call(self, call: Call, logits: Tensor | None) -> None:
         """Remember what the model was given."""
+        if logits is not None:
+            self._calls[logits.untyped_storage().data_ptr()] = call
         # Of the logits their shape: they would fill memory until the step ends.
         self._call = call, None if logits is None else logits.new_zeros(()).expand(logits.shape)
 
@@ -419,11 +426,16 @@ class Watch:
 
     def _batch(self, source: TokenSource, call: Call | None) -> Batch | None:
         """What is known of a training forward: its call, and the classes it is scored on."""
+        logits = source.logits if isinstance(source, LogitTokens) else None
+        calls, self._calls = self._calls, {}
+        if call is None and logits is not None:
+            # Of several forwards the one whose logits these are.
+            call = calls.get(logits.untyped_storage().data_ptr())
         if call is None and self._call is not None:
             call, _ = self._call
         if call is None:
             return None
-        classes = source.logits.shape[-1] if isinstance(source, LogitTokens) else 0
+        classes = 0 if logits is None else logits.shape[-1]
         return Batch(call=call, grid=source.grid, classes=classes)
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -444,7 +456,7 @@ class Watch:
         self._updates.begin(number)
         if self._bounding is not None:
             self._bounding.begin(number)
-        self._call = None
+        self._call, self._calls = None, {}
         self._restart(number)
 
     def pass_step(self, number: int) -> None:

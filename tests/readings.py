@@ -220,7 +220,6 @@ def representation(device: str = "cpu", *, rows: int = 60) -> RepresentationRead
     states = {f"layers.{i}": (noise + 2 * i * centres).to(device) for i in range(2)}
     return RepresentationReading(
         states=states,
-        inputs=noise.to(device),
         labels=labels,
         input_clusters=[i % 4 for i in range(rows)],
     )

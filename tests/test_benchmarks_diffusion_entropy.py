@@ -27,12 +27,12 @@ def test_figures_are_the_least_speed_up_and_the_greatest_error() -> None:
         for rows, speed in ((1000, 1), (1000, 2), (2000, 3))
     ]
     assert figures(cases) == {
-        "speedup_1000": 5,
-        "speedup_2000": 7,
-        "error_bits": pytest.approx(3e-7),
-        "exact_speedup_1000": 3,
-        "exact_speedup_2000": 5,
-        "exact_error_bits": 1e-12,
+        "fast_speedup_1000": 5,
+        "fast_speedup_2000": 7,
+        "fast_error_bits": pytest.approx(3e-7),
+        "speedup_1000": 3,
+        "speedup_2000": 5,
+        "error_bits": 1e-12,
     }
 
 
@@ -50,7 +50,7 @@ def test_a_few_rows_are_measured_and_written(
         ("network", "released"),
     }
     assert found["speedup_40"] > 0
-    assert found["exact_error_bits"] < 1e-9
-    assert found["error_bits"] < 1e-3
+    assert found["error_bits"] < 1e-9
+    assert found["fast_error_bits"] < 1e-3
     assert {row["data"] for row in found["estimate"]} >= {"gaussian", "network"}
     assert [row["classes"] for row in found["random_labels"]] == [2, 10]

@@ -4,6 +4,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from entropylens import checkpoints
+from entropylens import checkpoints, spectra
 from entropylens.checkpoints import open_checkpoint
 from entropylens.cli import app
 from entropylens.spectra import in_brief, in_order, spectra_of
@@ -98,7 +99,9 @@ def save_legacy(state: Mapping[str, Tensor], path: Path) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize("kind", ["whole", "lightning", "nested", "parameters", "legacy"])
+@pytest.mark.parametrize(
+    "kind", ["whole", "lightning", "nested", "deepspeed", "parameters", "legacy"]
+)
 @pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt"])
 def test_a_pytorch_file_gives_the_singular_values_of_numpy(
     tmp_path: Path, kind: str, ending: str
@@ -110,6 +113,7 @@ def test_a_pytorch_file_gives_the_singular_values_of_numpy(
         saved = {
             "whole": state,
             "lightning": {"epoch": 3, "state_dict": state, "optimizer_states": [{"lr": 0.1}]},
+            "deepspeed": {"module": state, "global_steps": 7},
             "nested": {"model": {"state_dict": state}, "step": 7},
             "parameters": {name: nn.Parameter(value) for name, value in state.items()},
         }
@@ -162,6 +166,32 @@ def test_an_index_decides_over_other_files_and_a_missing_shard_is_named(tmp_path
     (tmp_path / "model-1.safetensors").unlink()
     message = f"expected {tmp_path}/model-1.safetensors, which model.safetensors.index.json names"
     assert message in error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "wanted"),
+    [
+        ({"metadata": {}}, "expected a weight_map by tensor name in "),
+        ({"weight_map": ["a"]}, "expected a weight_map by tensor name in "),
+        ([1, 2], "got a list"),
+        ({"weight_map": {"a": 1}}, "got 1"),
+        ({"weight_map": {"a": None}}, "got None"),
+        ({"weight_map": {"a": "../model-0.safetensors"}}, "got '../model-0.safetensors'"),
+        ({"weight_map": {"a": "/model-0.safetensors"}}, "got '/model-0.safetensors'"),
+        ({"weight_map": {"a": "..\\model"}}, "expected names of files beside it in "),
+        ({"weight_map": {"a": ".."}}, "which model.safetensors.index.json names"),
+    ],
+)
+def test_an_index_that_is_none_or_leads_elsewhere_is_refused(
+    tmp_path: Path, index: Any, wanted: str
+) -> None:
+    shards(tmp_path, "model.safetensors", None)
+    folder = tmp_path / "within"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = error(folder)
+    assert wanted in said
+    assert "model.safetensors.index.json" in said
 
 
 def test_values_are_read_when_their_turn_comes(
@@ -298,6 +328,62 @@ def test_transposed_and_scaled_sums_are_known_by_the_settings(tmp_path: Path) ->
     assert f"expected a LoRA adapter, {written} is of a LOHA" in error(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"lora_alpha": None}, "expected a number as lora_alpha in "),
+        ({"lora_alpha": "8"}, "got '8'"),
+        ({"alpha_pattern": ["q"]}, "expected alpha_pattern as an object in "),
+        ({"alpha_pattern": {"q(": 4}}, "expected regular expressions in alpha_pattern of "),
+        ({"alpha_pattern": {"q": "four"}}, "expected a number as alpha_pattern 'q' in "),
+    ],
+)
+def test_settings_of_an_adapter_that_tell_no_scale_are_one_line(
+    tmp_path: Path, settings: dict[str, Any], wanted: str
+) -> None:
+    adapter(tmp_path)
+    written = tmp_path / "adapter" / "adapter_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | settings))
+    said = error(tmp_path / "adapter")
+    assert wanted in said
+    assert str(written) in said
+
+
+def test_factors_that_fit_neither_each_other_nor_the_base_are_refused_and_the_rest_shown(
+    tmp_path: Path,
+) -> None:
+    shapes = {
+        "good": ((2, 8), (6, 2)),
+        "wide": ((2, 9), (6, 2)),
+        "apart": ((2, 8), (6, 3)),
+        "flat": ((16,), (6, 2)),
+        "empty": ((0, 8), (6, 0)),
+        "conv": ((2, 2, 2, 2), (6, 2, 1, 1)),
+    }
+    drawn = torch.Generator().manual_seed(0)
+    held = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.randn(*shape, generator=drawn)
+        for name, both in shapes.items()
+        for side, shape in zip("AB", both, strict=True)
+    }
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(held, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
+    base = {f"{name}.weight": torch.randn(6, 8, generator=drawn) for name in shapes}
+    base["conv.weight"] = base["conv.weight"].reshape(6, 2, 2, 2).contiguous()
+    save_file(base, tmp_path / "base.safetensors")
+    found = document(folder, "--base", tmp_path / "base.safetensors")
+    whole = ("good.lora", "good+lora", "conv.lora", "conv+lora", "wide.lora")
+    assert {row["name"] for row in found["rows"]} == {f"base_model.model.{one}" for one in whole}
+    assert found["refused"] == {
+        "base_model.model.wide+lora": "its base is of 6x8, the product of 6x9",
+        "base_model.model.apart.lora_A.weight": "6x3 and 2x8 have no product",
+        "base_model.model.flat.lora_A.weight": "6x2 and 16 have no product",
+        "base_model.model.empty.lora_A.weight": "6x0 and 0x8 have no product",
+    }
+
+
 # -- what cannot be read --------------------------------------------------------------------------
 
 
@@ -367,6 +453,28 @@ def test_a_tensor_without_values_is_refused(tmp_path: Path) -> None:
     assert refused == {"b.weight": "it is on the meta device, without values"}
 
 
+def test_a_sparse_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    state = {"a.weight": torch.eye(3), "b.weight": torch.eye(3).to_sparse()}
+    torch.save(state, tmp_path / "model.pt")
+    found = document(tmp_path / "model.pt")
+    assert [row["name"] for row in found["rows"]] == ["a.weight"]
+    assert found["refused"] == {"b.weight": "it is sparse (sparse_coo)"}
+
+
+@pytest.mark.parametrize("kind", [AssertionError, IndexError, TypeError, RuntimeError])
+def test_whatever_a_damaged_pickle_raises_is_one_line_without_its_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise kind("Re-running `torch.load` with `weights_only` set to `False` will likely succeed")
+
+    path = tmp_path / "model.pt"
+    torch.save(weights(), path)
+    monkeypatch.setattr(torch, "load", fails)
+    wanted = f"expected a PyTorch file, {path} is none, or damaged ({kind.__name__})"
+    assert error(path) == f"error: spectra: {wanted}\n"
+
+
 class Strange:
     pass
 
@@ -392,7 +500,9 @@ def test_what_is_no_checkpoint_is_one_line_that_names_it(tmp_path: Path) -> None
     assert wanted in error(tmp_path / "notes.txt")
     for name, content in (("a.pt", b"hello"), ("b.pt", b""), ("c.pt", b"PK\x03\x04 broken")):
         (tmp_path / name).write_bytes(content)
-        assert f"expected {tmp_path / name} to hold tensors alone, but " in error(tmp_path / name)
+        said = error(tmp_path / name)
+        assert f"expected a PyTorch file, {tmp_path / name} is none, or damaged (" in said
+        assert "weights_only" not in said
     assert "found a.pt, b.pt, c.pt" in error(tmp_path)
     broken = tmp_path / "d.safetensors"
     broken.write_bytes(struct.pack("<Q", 5) + b"hello")
@@ -405,7 +515,12 @@ def test_a_file_without_matrices_or_with_other_things_says_so(tmp_path: Path) ->
         tmp_path / "list.pt"
     )
     torch.save({"epoch": 3}, tmp_path / "few.pt")
-    assert f"expected tensors in {tmp_path / 'few.pt'}, found none" in error(tmp_path / "few.pt")
+    assert f"expected tensors in {tmp_path / 'few.pt'}, found none under its keys (epoch)" in error(
+        tmp_path / "few.pt"
+    )
+    torch.save({"net": weights(), **{f"key{at}": at for at in range(20)}}, tmp_path / "net.pt")
+    assert "its keys (net, key0, key1, " in error(tmp_path / "net.pt")
+    assert "key10); save the model's state_dict" in error(tmp_path / "net.pt")
     torch.save({"norm": torch.ones(3)}, tmp_path / "norm.pt")
     assert document(tmp_path / "norm.pt")["rows"] == []
     assert invoke(tmp_path / "norm.pt").stdout == "no matrices\n"
@@ -540,6 +655,28 @@ def test_the_file_holds_every_digit_and_is_not_replaced_unasked(model: Path) -> 
     done = invoke(model, "-o", out, "--force", "--limit", "2")
     assert done.stdout == f"{out}: 2 matrices\n"
     assert len(out.read_text().splitlines()) == 3
+
+
+def test_what_is_not_a_number_is_unknown_in_every_form(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan = torch.tensor(torch.nan)
+    law = SimpleNamespace(variance=nan, distance=nan, outliers=nan)
+    monkeypatch.setattr(spectra, "marchenko_pastur", lambda *_, **__: law)
+    row = rows_of(model)["worn"]
+    assert row["marchenko_pastur_distance"] is row["outliers"] is None
+    document(model, "-o", model.parent / "rows.csv")
+    with open(model.parent / "rows.csv", newline="") as file:
+        written = next(csv.DictReader(file))
+    assert written["marchenko_pastur_distance"] == written["outliers"] == ""
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_read(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "such"
+    wanted = f"expected a folder for --output at {missing}, found none; make it first"
+    assert wanted in error(tmp_path / "absent.pt", "-o", missing / "rows.csv")
+    wanted = f"expected a file as --output, got the folder {tmp_path}; name one"
+    assert wanted in error(tmp_path / "absent.pt", "-o", tmp_path, "--force")
 
 
 def test_a_written_file_does_not_silence_what_was_refused(model: Path) -> None:

@@ -142,6 +142,21 @@ def test_a_matrix_of_lower_rank_comes_last_and_storage_bounds_its_score() -> Non
     assert zero.scores == {"a.weight": math.inf}
 
 
+def test_a_deficit_that_storage_hides_comes_last_and_a_matrix_without_one_is_left_out() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    thin = torch.randn(16, 2, generator=drawn) @ torch.randn(2, 16, generator=drawn)
+    steep = with_spectrum(*[10.0 ** (-at / 2) for at in range(16)])
+    weights = {"thin": thin, "zero": torch.zeros(16, 16), "steep": steep.double()}
+    weights["full"] = torch.randn(16, 16, generator=drawn)
+    model = model_of(weights)
+    model.thin.to(torch.bfloat16)
+    found = select_tensors(model, 1.0, by="entropy_deficit")
+    assert found.names == ("full.weight", "steep.weight", "thin.weight")
+    assert found.scores["thin.weight"] == math.inf
+    assert math.isfinite(found.scores["steep.weight"])
+    assert [*found.left_out] == ["zero.weight"]
+
+
 def test_experts_in_one_parameter_have_the_mean_of_their_scores() -> None:
     one, other = (with_spectrum(*values) for values in ((3.0, 2.0, 1.0), (9.0, 2.0, 1.0)))
     model = nn.Module()
@@ -293,6 +308,32 @@ def test_own_scores_rank_what_they_name_and_nothing_else() -> None:
     assert [*select_tensors(model, 1.0, by=best_last).scores] == [*best_last][::-1]
 
 
+def test_what_is_always_trained_is_not_ranked_by_own_scores_and_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    own = {"0.weight": 1.0, "1.weight": 2.0}
+    found = select_tensors(model, 0.5, by=own, always=["0.*"])
+    assert (found.names, found.always) == (("1.weight",), ("0.weight", "0.bias"))
+    assert found.scores == {"1.weight": 2.0}
+    assert (found.parameters, found.share) == (36, 0.9)
+    assert [*found.left_out] == ["1.bias"]
+
+
+def test_where_nothing_can_be_ranked_the_reasons_are_told() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), *[nn.LayerNorm(3) for _ in range(3)])
+    who = "select_tensors: expected a matrix that can be ranked, got "
+    vectors = "1.weight, 1.bias, 2.weight and 3 more (no matrix)"
+    with pytest.raises(ValueError, match=re.escape(f"{who}0.weight (an embedding); {vectors}")):
+        select_tensors(model, 1.0)
+    linear = nn.Linear(2, 2)
+    told = f"{who}bias (no matrix); weight (matches always)"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        select_tensors(linear, 1.0, always=["weight"])
+    with pytest.raises(ValueError, match=r"got weight, bias \(it has no score\)"):
+        select_tensors(linear, 1.0, by={})
+    with pytest.raises(ValueError, match="got a model without parameters"):
+        select_tensors(nn.Module(), 1.0)
+
+
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     model = ranked_model()
     with pytest.raises(ValueError, match=r"expected a score .* got 'kapa'; did you mean 'kappa'"):
@@ -342,3 +383,13 @@ def test_selecting_draws_no_random_numbers() -> None:
     state = torch.get_rng_state()
     select_tensors(model, 0.5)
     assert torch.get_rng_state().equal(state)
+
+
+def test_a_wrapped_model_has_the_names_of_the_one_within() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    wrapped = nn.DataParallel(model)
+    chosen = select_tensors(wrapped, 0.5)
+    assert chosen.names == select_tensors(model, 0.5).names
+    chosen.apply(wrapped)
+    assert sum(p.requires_grad for p in model.parameters()) == 1

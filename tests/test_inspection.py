@@ -197,3 +197,67 @@ def test_looking_does_not_change_a_bit_of_the_training(tmp_path: Path) -> None:
                 probe_set=el.ProbeSet(rows=40))  # fmt: skip
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+def test_of_several_forwards_rows_are_those_of_the_logits_that_are_shown(tmp_path: Path) -> None:
+    model, data = network(), Data()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    # The class can be read off the inputs, but not off the unlabelled ones.
+    inputs = torch.nn.functional.one_hot(data.y, 8).float() * 9 + 0.1 * data.x
+    given: dict[str, Any] = {"diagnostics": ONLY, "max_overhead": None}
+    given["probe_set"] = el.ProbeSet(rows=40, layers=["1"])
+    with el.Lens(model, optimizer, run_dir=tmp_path / "run", **given) as lens:
+        for _ in range(2):
+            logits = model(inputs[:40])
+            model(data.x[200:240])
+            loss = cross_entropy(logits, data.y[:40])
+            loss.backward()
+            optimizer.step()
+            lens.step(loss=loss, logits=logits, targets=data.y[:40])
+    found = values(el.open_run(tmp_path / "run"), "representation/nearest_class_mean_accuracy")
+    assert list(found.values()) == [1.0, 1.0]
+
+
+def test_a_kernel_that_cannot_be_looked_at_costs_attention_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: Any, *args: Any) -> Any:
+        raise RuntimeError("No rule registered for HigherOrderOperator")
+
+    monkeypatch.setattr("entropylens.capture.attention.AttentionTap.__torch_dispatch__", refuses)
+    on = {**ONLY, "attention_entropy": 1}
+    run = trained(tmp_path / "run", network(), 4, diagnostics=on, probe_set=el.ProbeSet(rows=40))
+    assert [one for one in told(run) if "attention" in one] == [
+        "no attention/*: RuntimeError: No rule registered for HigherOrderOperator"
+    ]
+    assert values(run, "representation/norm")
+
+
+def test_a_model_whose_layers_give_no_states_of_rows_is_named_once(tmp_path: Path) -> None:
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(x.mean(0, keepdim=True))).expand(len(x), 4)
+
+    run = trained(tmp_path / "run", Pools(), 6, probe_set=el.ProbeSet(rows=40, layers=["first"]))
+    assert [one for one in told(run) if "representation" in one] == [
+        "no representation/*: no layer gave states of each row"
+    ]
+
+
+def test_inputs_whose_rows_cannot_be_kept_are_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, *args: Any) -> bool:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr("entropylens.capture.insides.Insides.keep", broken)
+    run = trained(tmp_path / "run", network(), 6)
+    assert [one for one in told(run) if "representation" in one] == [
+        "no representation/* and no attention/*: rows of its inputs (positional ones) cannot be "
+        "kept: IndexError: out of range"
+    ]
+    assert run.status()[0].faults == {}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import entropylens as el
-from entropylens import ration, visits
+from entropylens import ration, session, visits
 from entropylens.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -121,15 +121,94 @@ def test_frozen_weights_are_not_visited(tmp_path: Path) -> None:
 
 def test_every_rank_begins_elsewhere(tmp_path: Path) -> None:
     started = set()
-    for rank in range(3):
-        trained = model()
+    for rank in range(8):
+        trained = nn.Sequential(*(nn.Linear(3, 3) for _ in range(24)))
         optimizer = torch.optim.SGD(trained.parameters(), 0.1)
         run_dir = tmp_path / str(rank)
         with el.Lens(trained, optimizer, run_dir=run_dir, rank=0) as lens:
-            session = lens.watch._session
-            session.writer.rank = rank
-            asked = visits.Visits(session)
+            watched_by = lens.watch._session
+            watched_by.writer.rank = rank
+            asked = visits.Visits(watched_by)
             asked.ask(trained, 0)
             started.add(asked._next)
-            session.writer.rank = 0
-    assert len(started) > 1
+            watched_by.writer.rank = 0
+    assert len(started) == 8
+
+
+def beside(run_dir: Path, steps: int, before: Any = None) -> tuple[el.Run, visits.Visits]:
+    """A run whose model passes for one on an accelerator."""
+    trained = model()
+    optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+    given: dict[str, Any] = {"diagnostics": EVERY_STEP, "max_overhead": None}
+    with el.Lens(trained, optimizer, run_dir=run_dir, **given) as lens:
+        measuring = lens.watch._session
+        measuring._is_host = False
+        for _ in range(steps):
+            trained(torch.ones(2, 6)).square().mean().backward()
+            optimizer.step()
+            lens.step()
+            measuring.flush()
+            if before is not None:
+                before(lens.watch._visits)
+        asked = lens.watch._visits
+    assert asked is not None
+    return el.open_run(run_dir), asked
+
+
+def test_a_visit_that_another_thread_makes_is_owed_for_and_timed_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owed: list[float] = []
+    given: list[Any] = []
+
+    def decompose(self: Any, reads: str, tensors: Any, reading: Any, stamp: Any, took: Any) -> None:
+        given.append(took)
+
+    monkeypatch.setattr(session.Session, "decompose", decompose)
+    monkeypatch.setattr(ration.Ration, "owe", lambda self, seconds: owed.append(seconds))
+    # The first has 150, the others 80 and 36.
+    monkeypatch.setattr(visits, "_UNTIMED", 100.0)
+    _, asked = beside(tmp_path / "run", 1)
+    assert (asked._rate, owed) == (visits._SECONDS, [])
+    for took, seconds in zip(given, (3.0, 4.0, 5.0), strict=True):
+        took(seconds)
+    assert (asked._rate, owed) == (3.0 / 150, [3.0, 4.0, 5.0])
+
+
+def test_spectra_come_from_beside_the_training(tmp_path: Path) -> None:
+    run, _ = beside(tmp_path / "run", 2)
+    found = [(step, module) for step, module, _ in rows(run, "conditioning/sigma_max")]
+    assert found == [(s, f"{n}.weight") for s in (1, 2) for n in range(3)]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(59.0, 3), (61.0, 2)])
+def test_beside_the_training_a_visit_may_take_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, shown: int
+) -> None:
+    monkeypatch.setattr(visits, "_SECONDS", seconds / 150)
+    run, _ = beside(tmp_path / "run", 1)
+    assert len(rows(run, "conditioning/sigma_max")) == shown
+    assert [m for m in messages(run) if m.startswith("no spectrum of 0.weight")] == [
+        "no spectrum of 0.weight: 5 x 6 would keep a thread busy for 61 s; `entropylens spectra` "
+        "shows it of a checkpoint"
+    ] * (3 - shown)
+
+
+def test_what_was_left_out_once_stays_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visits, "_SECONDS", 61.0 / 150)
+    run, _ = beside(tmp_path / "run", 3, lambda asked: setattr(asked, "_rate", 0.0))
+    found = {module for _, module, _ in rows(run, "conditioning/sigma_max")}
+    assert found == {"1.weight", "2.weight"}
+    assert sum(m.startswith("no spectrum of 0.weight") for m in messages(run)) == 1
+
+
+def test_a_visit_on_a_cpu_is_not_owed_for_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owed: list[float] = []
+    monkeypatch.setattr(ration.Ration, "owe", lambda self, seconds: owed.append(seconds))
+    run = watched(tmp_path / "run", model(), 2)
+    assert len(rows(run, "conditioning/sigma_max")) == 6
+    assert not owed

@@ -35,6 +35,9 @@ SLOWER: Final = 1.2
 LEAST_STEPS: Final = 20
 APART: Final = 1e-4
 """Relative spread of a norm over ranks above which they differ: float32 sums differ by less."""
+NOTHING: Final = 1e-12
+"""Share of the largest norm that a metric has in the run, up to which a difference counts as none:
+relative to a norm of about 0 rounding alone would be a wide spread."""
 _BEFORE: Final = 10
 """Steps in which two ranks agreed that tell which of them has left."""
 _FEW: Final = 3
@@ -58,7 +61,8 @@ class Parting:
     values: dict[int, float]
     """By rank, in that first step."""
     spread: float
-    """Largest (max - min) / |median|; infinite where one is not finite and another is."""
+    """Largest (max - min) / |median|; infinite where one is not finite and another is. What differs
+    by at most 1e-12 of the run's largest norm counts as equal."""
     differing: int
     """Steps in which ranks differ."""
     compared: int
@@ -108,9 +112,10 @@ def read_rank_divergence(run: Run) -> RankDivergence | None:
 
     Norms of gradients, weights and updates must be equal on all ranks where each holds the whole
     model (DDP): a relative spread above 1e-4 is a corrupted tensor or a rank that is not
-    synchronised. The rank that is off is the one off the median; of two, the one whose norm lies at
-    least 3 times as far from what both had in the 10 steps before as the other's. Where ranks never
-    agreed, each may hold a part of the model, which is no fault.
+    synchronised, unless it is at most 1e-12 of the largest norm that the metric has in the run. The
+    rank that is off is the one off the median; of two, the one whose norm lies at least 3 times as
+    far from what both had in the 10 steps before as the other's. Where ranks never agreed, each may
+    hold a part of the model, which is no fault.
 
     The loss is of each rank's own data, and noisy. What is judged is its difference from the median
     of the other ranks (of four or more, of all), as an exponential average over medians of 10 steps
@@ -164,12 +169,13 @@ def read_rank_divergence(run: Run) -> RankDivergence | None:
 def _parting(name: str, module: str, grid: Grid) -> Parting | None:
     compared = grid.told.sum(1) >= 2
     steps, values, told = grid.steps[compared], grid.values[compared], grid.told[compared]
-    spread = _spreads(values, told)
+    floor = NOTHING * float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
+    spread = _spreads(values, told, floor)
     apart = np.flatnonzero(spread > APART)
     if not len(apart):
         return None
     first = int(apart[0])
-    off = _off(values[: first + 1], told[first])
+    off = _off(values[: first + 1], told[first], floor)
     return Parting(
         name,
         module,
@@ -183,27 +189,31 @@ def _parting(name: str, module: str, grid: Grid) -> Parting | None:
     )
 
 
-def _spreads(values: Floats, told: Flags) -> Floats:
-    """(max - min) / |median| over the ranks that told; infinite where only some are finite."""
+def _spreads(values: Floats, told: Flags, floor: float) -> Floats:
+    """(max - min) / |median| over the ranks that told; infinite where only some are finite.
+
+    0 where max - min is at most the floor.
+    """
     finite = np.isfinite(values) & told
     some = finite.any(1)
     kept = np.where(finite, values, np.nan)[some]
     found = np.zeros(len(values))
     with np.errstate(divide="ignore", invalid="ignore"):
         width = np.nanmax(kept, 1) - np.nanmin(kept, 1)
-        found[some] = np.where(width > 0, width / np.abs(np.nanmedian(kept, 1)), 0.0)
+        found[some] = np.where(width > floor, width / np.abs(np.nanmedian(kept, 1)), 0.0)
     found[some & (finite.sum(1) < told.sum(1))] = np.inf
     return found
 
 
-def _off(values: Floats, told: Flags) -> list[int]:
+def _off(values: Floats, told: Flags, floor: float) -> list[int]:
     """Which ranks are off in the last row, given the rows before, in which they agreed."""
     row = values[-1]
     wild = told & ~np.isfinite(row)
     if told.sum() == 2 and not wild.any():
         return _left(values, np.flatnonzero(told))
     middle = np.median(row[told & ~wild])
-    off = wild if wild.any() else told & (np.abs(row - middle) > APART * np.abs(middle))
+    apart = np.abs(row - middle) > max(APART * np.abs(middle), floor)
+    off = wild if wild.any() else told & apart
     is_minority = 2 * np.count_nonzero(off) <= np.count_nonzero(told)
     return np.flatnonzero(off).tolist() if is_minority else []
 

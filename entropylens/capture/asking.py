@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from inspect import signature
 from math import prod
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from entropylens.capture.call import Call
 from entropylens.capture.contexts import (
+    Harmless,
     full_precision,
     no_compiled_code,
     no_fused_layers,
@@ -179,6 +181,7 @@ class Asked(nn.Module):
         self._refuse_hooks()
         modules = [*self.model.modules()]
         held = [(m, m.training, dict(m.__dict__), dict(m._buffers)) for m in modules]
+        gathered = [(value, copy(value)) for module in modules for value in _gatherers(module)]
         device = next(self.model.parameters()).device
         try:
             for module in modules:
@@ -205,6 +208,9 @@ class Asked(nn.Module):
                 if isinstance(module._buffers, dict):
                     module._buffers.clear()
                     module._buffers.update(buffers)
+            for value, before in gathered:
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
 
     def logits(self, weights: Mapping[str, Tensor], call: Call, places: Places) -> Tensor:
         """``[m, V]`` logits, at least float32, within `as_trained`.
@@ -225,7 +231,16 @@ class Asked(nn.Module):
         Args:
             call: What the model is given.
         """
-        return functional_call(self, self._with_buffers({}), (call, None))
+        device, half = next(self.model.parameters()).device, self._half_precision()
+        given = [tensor.dtype for tensor in call.tensors() if tensor.is_floating_point()]
+        is_mixed = half is not None and torch.float32 in given
+        with Harmless(self.model), torch.autocast(device.type, dtype=half, enabled=is_mixed):
+            return functional_call(self, self._with_buffers({}), (call, None))
+
+    def _half_precision(self) -> torch.dtype | None:
+        """What weights are stored in that need autocast beside inputs in single precision."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
 
     def _with_buffers(self, known: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies of what may be written to beside these: statistics, codebooks, counters."""
@@ -407,6 +422,11 @@ def wide(value: Tensor) -> Tensor:
 def _is_batch_norm(module: nn.Module) -> bool:
     # Synchronised batch norm would wait for the other ranks.
     return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+
+
+def _gatherers(module: nn.Module) -> Iterator[Any]:
+    """Lists and dicts of a module's own that its forward may put something in."""
+    yield from (v for n, v in vars(module).items() if type(v) in (list, dict) and n[0] != "_")
 
 
 def _is_harmless(hook: Any) -> bool:

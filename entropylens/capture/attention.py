@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropylens.capture.tokens import Grid
 from entropylens.diagnostics._attention import rows_of_logits, rows_of_query_key
 from entropylens.registry import AttentionRows
 
-__all__ = ["AttentionTap", "Queries", "joined"]
+__all__ = ["AttentionTap", "Queries", "joined", "moved"]
 
 QUERIES: Final = 32
 """Of each sequence."""
@@ -33,21 +32,21 @@ class Queries:
     """``[B, Q]``"""
     present: Tensor
     """``[B, Q]`` bool."""
+    positions: int
+    """Of each sequence: an attention over another number of them has queries of its own."""
 
     @classmethod
-    def of_tokens(cls, grid: Grid, offset: int, generator: torch.Generator) -> Queries:
-        """A uniform sample of each sequence's scored positions.
+    def of_tokens(cls, present: Tensor, generator: torch.Generator) -> Queries:
+        """A uniform sample of each sequence's positions.
 
         Args:
-            grid: Which positions are scored.
-            offset: Positions of the model's sequence before those of the grid.
+            present: ``[B, T]`` bool: which of them count.
             generator: Of our own.
         """
-        present = grid.present
         key = torch.rand(present.shape, generator=generator, device=present.device)
         many = min(QUERIES, present.shape[1])
         columns = torch.where(present, key, key + 1.0).topk(many, largest=False).indices
-        return cls(columns + offset, present.gather(1, columns))
+        return cls(columns, present.gather(1, columns), present.shape[1])
 
     @classmethod
     def of_examples(cls, rows: int, positions: int, device: torch.device) -> Queries:
@@ -56,7 +55,7 @@ class Queries:
         many = min(_QUERIES_OF_EXAMPLE, positions)
         step = torch.arange(many, device=device) * (positions // many)
         columns = (step + row[:, None]) % positions
-        return cls(columns, torch.ones_like(columns, dtype=torch.bool))
+        return cls(columns, torch.ones_like(columns, dtype=torch.bool), positions)
 
 
 class AttentionTap(TorchDispatchMode):
@@ -138,13 +137,13 @@ class AttentionTap(TorchDispatchMode):
         rows, _, positions, _ = queried.shape
         if rows != self._rows or positions < 2:
             return None
-        if self._queries is None:
-            return Queries.of_examples(rows, positions, queried.device)
         wanted, device = self._queries, queried.device
+        if wanted is None or wanted.positions != positions:
+            return Queries.of_examples(rows, positions, device)
         if wanted.columns.device != device:
             # A model that is spread over several devices.
-            wanted = Queries(wanted.columns.to(device), wanted.present.to(device))
-        return replace(wanted, columns=wanted.columns.clamp(max=positions - 1))
+            return Queries(wanted.columns.to(device), wanted.present.to(device), positions)
+        return wanted
 
     def _keep(self, found: AttentionRows, queries: Queries) -> None:
         reach = torch.where(queries.present.flatten(), found.reach, 0)
@@ -160,6 +159,11 @@ def joined(parts: Sequence[AttentionRows]) -> AttentionRows:
     return AttentionRows(**columns)
 
 
+def moved(rows: AttentionRows, device: torch.device) -> AttentionRows:
+    """The same on another device."""
+    return AttentionRows(**{f.name: getattr(rows, f.name).to(device) for f in fields(rows)})
+
+
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     names = [argument.name for argument in func._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -171,8 +175,9 @@ def _bias(bias: Tensor, row: int, columns: Tensor, shape: torch.Size) -> Tensor:
     while bias.ndim < 4:
         bias = bias[None]
     # A head of a mask is often all heads', and then takes no memory of its own.
-    if bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf)
     per_head = 1 if bias.stride(1) == 0 or bias.shape[1] == 1 else heads
     whole = bias[:, :per_head].expand(rows, per_head, positions, bias.shape[-1])
-    return whole[row].movedim(0, 1)[columns]
+    found = whole[row].movedim(0, 1)[columns]
+    if found.dtype == torch.bool:
+        return torch.zeros(found.shape, device=found.device).masked_fill(~found, -torch.inf)
+    return found

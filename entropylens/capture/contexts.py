@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["full_precision", "no_compiled_code", "no_fused_layers", "own_forwards"]
+__all__ = ["Harmless", "full_precision", "no_compiled_code", "no_fused_layers", "own_forwards"]
 
 
 @contextmanager
@@ -69,3 +70,42 @@ def own_forwards(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, forward in wrapped:
             module.forward = forward
+
+
+class Harmless(TorchDispatchMode):
+    """Refuses what a forward of ours must not do, before it is done.
+
+    Ranks look at different times: one that communicates within its forward would wait for the
+    others, or mix with what they send. And some models write to their weights in forward.
+
+    Args:
+        model: Whose weights are not to be written to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._weights = {parameter.data_ptr() for parameter in model.parameters()} - {0}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Carry an operation out, if it may be.
+
+        Raises:
+            RuntimeError: It may not.
+        """
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
+            raise RuntimeError("its forward communicates with other ranks")
+        if func._schema.is_mutable and self._writes_weights(func, args, kwargs or {}):
+            raise RuntimeError("its forward writes to its weights")
+        return func(*args, **(kwargs or {}))
+
+    def _writes_weights(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[at] if at < len(args) else kwargs.get(argument.name)
+            written = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(v, Tensor) and v.data_ptr() in self._weights for v in written):
+                return True
+        return False

@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from entropylens.capture.asking import Asked, Asking
-from entropylens.capture.attention import AttentionTap, Queries, joined
-from entropylens.capture.call import Call, tensors_in
-from entropylens.capture.layers import layers_of
+from entropylens.capture.attention import AttentionTap, Queries, joined, moved
+from entropylens.capture.call import Call
+from entropylens.capture.forward import predicts_next_token
+from entropylens.capture.layers import Hidden, Walk, layers_of
 from entropylens.capture.probe import Batch, few_states
 from entropylens.capture.tokens import Grid
 from entropylens.diagnostics._clusters import spectral_clusters
-from entropylens.registry import AttentionReading, RepresentationReading
+from entropylens.registry import AttentionReading, AttentionRows, RepresentationReading
 
 __all__ = ["Insides", "ProbeSet", "Seen"]
 
 ROWS: Final = 512
 LEAST_ROWS: Final = 8
+_LEAST_CLUSTERED: Final = 20
+_WIDEST: Final = 16_384
+"""Numbers of an input that clusters are made of; of more, so many evenly spaced ones."""
 _MOST_BATCHES: Final = 64
 
 
@@ -64,9 +67,15 @@ class ProbeSet:
             )
 
     def batch(self, model: nn.Module) -> Batch:
-        """The inputs as a training forward would show them."""
+        """The inputs as a training forward of this model would show them.
+
+        Raises:
+            ValueError: They hold no tensor with a row for each entry, or labels are not as many.
+        """
+        device = next(model.parameters()).device
         arguments = self.inputs if isinstance(self.inputs, Mapping) else {}
         call = Call.of(model, () if arguments else (self.inputs,), arguments)
+        call = call.map(lambda tensor: tensor.to(device))
         given = call.tensors()
         if not given or not given[0].ndim:
             raise ValueError(
@@ -74,15 +83,14 @@ class ProbeSet:
             )
         rows = given[0].shape[0]
         if self.labels is None:
-            targets = torch.zeros(rows, 1, dtype=torch.long)
-        else:
-            targets = self.labels.reshape(rows, -1)
-        targets = targets.to(given[0].device)
-        return Batch(
-            call=call,
-            grid=Grid(targets=targets, present=targets >= 0),
-            has_targets=self.labels is not None,
-        )
+            return Batch(call=call, grid=_places_of(model, call, rows), has_targets=False)
+        if self.labels.ndim not in (1, 2) or self.labels.shape[0] != rows:
+            raise ValueError(
+                f"ProbeSet: expected labels [{rows}] or [{rows}, T], as many as there are rows of "
+                f"the inputs, got shape {tuple(self.labels.shape)}"
+            )
+        targets = self.labels.reshape(rows, -1).to(device)
+        return Batch(call=call, grid=Grid(targets=targets, present=targets >= 0))
 
 
 @dataclass(frozen=True)
@@ -96,20 +104,27 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Part:
+    """Rows of one batch, and where in its hidden states to look."""
+
     model: Asked
     call: Call
     rows: int
     row: Tensor
     column: Tensor
-    columns: int
+    positions: tuple[int, ...]
+    """How many there may be of a sequence of tokens; none of entries that are no such."""
+    mask: Tensor | None
+    """``[rows, T]`` which positions of entries are no padding."""
     queries: Queries | None
 
 
 class Insides:
     """Keeps a few rows of what a model is given, and sees what it makes of them.
 
-    Looking, the model runs without gradients, dropout or autocast, in evaluation mode; its weights,
-    buffers, modes and hooks, and the global random number generators, are left as they were.
+    Looking, the model runs without gradients or dropout, in evaluation mode; its weights, buffers,
+    modes and hooks, what its forward gathers in lists and dicts, and the global random number
+    generators are left as they were. A forward that would write to a weight, or communicate with
+    other ranks, is stopped before it does.
 
     Args:
         model: As the trainer holds it, without an `entropylens.capture.asking.obstacle`.
@@ -125,12 +140,14 @@ class Insides:
         self._inputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._has_targets = True
+        self._has_inputs = self._has_targets = True
+        self._once: _Rows | None = None
         self.rows = 0
         """Kept by now."""
         self.are_tokens = False
-        self._clusters: Sequence[int] | None = None
-        self.layers = layers_of(self._asking.whole.model, wanted.layers)
+        self._names = {id(m): name for name, m in self._asking.whole.model.named_modules()}
+        self.layers = layers_of(self._asking.whole.model, wanted.layers) if wanted.layers else []
+        """Names of those that are looked at; without a wish known once a batch is kept."""
 
     @property
     def is_complete(self) -> bool:
@@ -144,37 +161,54 @@ class Insides:
             False where they cannot be cut out of its arguments.
         """
         model = self._asking.of(batch.call.module)
-        left = self._wanted.rows - self.rows
-        states = few_states(model, batch, generator, left)
+        if not (self._wanted.layers or self._parts):
+            # Of what is called: a module may hold a frozen model beside the one that it trains.
+            path = self._names.get(id(batch.call.module), "")
+            within = layers_of(batch.call.module)
+            self.layers = [f"{path}.{name}" if path else name for name in within]
+        states = few_states(model, batch, generator, self._wanted.rows - self.rows)
         if states is None:
             return False
-        width = states.part.shape[1]
-        self.are_tokens = self.are_tokens or width > 1
-        offset = states.places.column - states.column
-        queries = None
-        if width > 1:
-            first = Queries.of_tokens(states.part, 0, generator)
-            queries = Queries(first.columns + offset[0], first.present)
+        # What is the same for all rows may change later.
+        call, rows, width = (
+            states.call.map(torch.clone),
+            states.chosen.shape[0],
+            states.part.shape[1],
+        )
+        offset = model.offset(call, width)
+        is_text, mask = width > 1, call.kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows:
+            mask = None
+        present = _present(call, states.part, offset) if is_text else mask
         self._parts.append(
             _Part(
                 model=model,
-                call=states.call,
-                rows=states.chosen.shape[0],
+                call=call,
+                rows=rows,
                 row=states.row,
                 column=states.places.column,
-                columns=states.places.columns,
-                queries=queries,
+                positions=(offset + width, offset + width + 1) if is_text else (),
+                mask=mask,
+                queries=None if present is None else Queries.of_tokens(present.bool(), generator),
             )
         )
-        index = states.row, states.column
-        self._targets.append(states.part.targets[index])
+        self.are_tokens = self.are_tokens or is_text
+        self._targets.append(states.part.targets[states.row, states.column])
         self._weights.append(states.weight)
         self._has_targets = self._has_targets and batch.has_targets
-        given = next(iter(states.call.tensors()), None)
-        if width == 1 and given is not None and given.is_floating_point():
-            self._inputs.append(given[states.row].flatten(1).float())
+        self._keep_inputs(self._parts[-1])
         self.rows += states.row.shape[0]
         return True
+
+    def _keep_inputs(self, part: _Part) -> None:
+        given = next((t for t in part.call.tensors() if t.ndim and t.shape[0] == part.rows), None)
+        if given is None or part.positions or not given.is_floating_point():
+            self._has_inputs = False
+        elif self._has_inputs:
+            self._inputs.append(given[part.row].flatten(1).float())
+            self._has_inputs = len({one.shape[1] for one in self._inputs}) == 1
+        if not self._has_inputs:
+            self._inputs.clear()
 
     def look(self, *, states: bool, attention: bool) -> Seen:
         """Run the model on what is kept.
@@ -185,47 +219,36 @@ class Insides:
 
         Raises:
             ValueError: Somebody else's hooks are on the model.
+            RuntimeError: Its forward communicates with other ranks, or writes to its weights.
         """
         found: dict[str, list[Tensor]] = {}
-        rows: dict[str, list[Any]] = {}
+        rows: dict[str, list[AttentionRows]] = {}
         for part in self._parts:
+            walk = Walk(part.model.model, self.layers if states else (), partial(_states, part))
+            walk.names = self._names
+            tap = AttentionTap(walk.place, part.rows, part.queries)
             with part.model.in_evaluation():
-                self._run(part, found if states else None, rows if attention else None)
+                walk.begin(part.call.module)
+                with tap if attention else nullcontext():
+                    part.model.run(part.call)
+            for name, one in walk.found.items():
+                found.setdefault(name, []).append(one)
+            for name, some in tap.found.items():
+                rows.setdefault(name, []).append(some)
+        joint = {name: torch.cat(values) for name, values in found.items()}
         return Seen(
-            states={name: torch.cat(values) for name, values in found.items()},
-            attention=AttentionReading(layers={n: joined(v) for n, v in rows.items()})
-            if rows
-            else None,
+            states={name: values for name, values in joint.items() if len(values) == self.rows},
+            attention=AttentionReading(layers=_on_one_device(rows)) if rows else None,
         )
-
-    def _run(
-        self, part: _Part, found: dict[str, list[Tensor]] | None, rows: dict[str, list[Any]] | None
-    ) -> None:
-        names = {id(module): name for name, module in self._asking.whole.model.named_modules()}
-        path: list[str] = []
-        outputs: dict[str, Any] = {}
-        for module in part.call.module.modules():
-            name = names.get(id(module), "")
-            module.register_forward_pre_hook(partial(_enter, path, name))
-            if found is not None and name in self.layers:
-                module.register_forward_hook(partial(_take, outputs, name))
-            module.register_forward_hook(partial(_leave, path))
-        tap = AttentionTap(lambda: path[-1] if path else "", part.rows, part.queries)
-        with nullcontext() if rows is None else tap:
-            part.model.run(part.call)
-        if found is not None:
-            for name, output in outputs.items():
-                if (states := _states(output, part)) is not None:
-                    found.setdefault(name, []).append(states.float())
-        if rows is not None:
-            for name, one in tap.found.items():
-                rows.setdefault(name, []).append(one)
 
     def tensors(self, seen: Seen) -> dict[str, Any]:
         """What `reading` takes, still on the device."""
+        if self._once is not None:
+            self._inputs.clear()
+            return {"states": seen.states}
         return {
             "states": seen.states,
-            "inputs": torch.cat(self._inputs) if self._inputs else None,
+            "inputs": torch.cat(self._inputs) if self._has_inputs else None,
             "targets": torch.cat(self._targets) if self._has_targets else None,
             "weights": torch.cat(self._weights),
         }
@@ -236,63 +259,99 @@ class Insides:
         Raises:
             ValueError: Fewer than 8 rows are there.
         """
-        kept = tensors["weights"] > 0
-        count = int(kept.sum())
-        if count < LEAST_ROWS:
-            raise ValueError(
-                f"ProbeSet: expected at least {LEAST_ROWS} rows with a target, got {count}"
-            )
-        inputs, targets = tensors["inputs"], tensors["targets"]
-        if inputs is not None:
-            kept = kept & _first_of_equal(tensors["inputs"])
-            inputs = tensors["inputs"][kept]
-            if self._clusters is None:
-                self._clusters = spectral_clusters(inputs)
+        if self._once is None:
+            self._once = _sorted_out(tensors)
+        once = self._once
         return RepresentationReading(
-            states={name: values[kept] for name, values in tensors["states"].items()},
-            inputs=inputs,
-            labels=None if targets is None else targets[kept].tolist(),
-            input_clusters=self._clusters if inputs is not None else None,
+            states={name: values[once.kept] for name, values in tensors["states"].items()},
+            labels=once.labels,
+            input_clusters=once.clusters,
             are_tokens=self.are_tokens,
         )
 
 
-def _first_of_equal(inputs: Tensor) -> Tensor:
-    """``[N]`` which rows are not the same as one before: a small training set comes twice."""
-    _, first = np.unique(inputs.numpy(), axis=0, return_index=True)
-    kept = torch.zeros(inputs.shape[0], dtype=torch.bool)
-    kept[torch.from_numpy(first)] = True
-    return kept
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of the rows once they have been on the host."""
+
+    kept: Tensor
+    labels: list[int] | None
+    clusters: list[int] | None
 
 
-def _enter(path: list[str], name: str, module: nn.Module, args: Any) -> None:
-    path.append(name)
+def _sorted_out(tensors: Mapping[str, Any]) -> _Rows:
+    inputs, targets = tensors["inputs"], tensors["targets"]
+    kept = (tensors["weights"] > 0).nonzero()[:, 0]
+    if inputs is not None:
+        # A small training set comes twice.
+        first = {inputs[at].numpy().tobytes(): at for at in reversed(kept.tolist())}
+        kept = torch.tensor(sorted(first.values()), dtype=torch.long)
+    count = len(kept)
+    if count < LEAST_ROWS:
+        raise ValueError(
+            f"ProbeSet: expected at least {LEAST_ROWS} rows with a target, got {count}"
+        )
+    clusters = None
+    if inputs is not None and count >= _LEAST_CLUSTERED:
+        step = -(-inputs.shape[1] // _WIDEST)
+        clusters = spectral_clusters(inputs[kept, ::step])
+    return _Rows(kept, None if targets is None else targets[kept].tolist(), clusters)
 
 
-def _leave(path: list[str], module: nn.Module, args: Any, output: Any) -> None:
-    path.pop()
+def _places_of(model: nn.Module, call: Call, rows: int) -> Grid:
+    """Where to look without labels: at every position of a text, or at every row."""
+    ids, mask = call.kwargs.get("input_ids"), call.kwargs.get("attention_mask")
+    given = call.tensors()[0]
+    places = given.new_zeros(rows, 1, dtype=torch.long)
+    if predicts_next_token(model) and isinstance(ids, Tensor) and ids.ndim == 2:
+        places = torch.zeros_like(ids, dtype=torch.long)
+    is_mask = isinstance(mask, Tensor) and mask.shape == places.shape
+    present = mask.bool() if isinstance(mask, Tensor) and is_mask else places == 0
+    return Grid(targets=places, present=present)
 
 
-def _take(outputs: dict[str, Any], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    # Of a layer that runs several times, the first.
-    outputs.setdefault(name, output)
+def _present(call: Call, part: Grid, offset: int) -> Tensor:
+    """``[rows, T]`` scored positions of the model's own sequences."""
+    rows, width = part.shape
+    lengths = {t.shape[1] for t in call.tensors() if t.ndim > 1 and t.shape[0] == rows}
+    length = next((n for n in (offset + width + 1, offset + width) if n in lengths), offset + width)
+    found = part.present.new_zeros(rows, length)
+    found[:, offset : offset + width] = part.present
+    return found
 
 
-def _states(output: Any, part: _Part) -> Tensor | None:
+def _states(part: _Part, found: Hidden) -> Tensor | None:
     """``[n, D]`` the hidden states of a layer at the part's rows; None where it has none of them.
 
-    Two axes after the features, as images have them, and one before them are averaged over.
+    Where rows are no sequences of tokens, positions are averaged over, padding left out.
     """
-    hidden = next(iter(tensors_in(output)), None)
-    if hidden is None or hidden.ndim < 2 or not hidden.is_floating_point():
+    hidden = found.with_features_last(part.rows)
+    if hidden is None:
         return None
-    if hidden.shape[0] != part.rows:
-        if hidden.ndim != 3 or hidden.shape[1] != part.rows:
-            return None
-        hidden = hidden.movedim(1, 0)
-    if part.columns == 1:
-        axes = tuple(range(2, hidden.ndim)) if hidden.ndim > 3 else tuple(range(1, hidden.ndim - 1))
-        return (hidden.mean(axes) if axes else hidden)[part.row]
-    if hidden.ndim != 3 or hidden.shape[1] < part.columns:
-        return None
-    return hidden[part.row, part.column]
+    row, column = _beside(part.row, hidden), _beside(part.column, hidden)
+    if part.positions:
+        fits = hidden.ndim == 3 and hidden.shape[1] in part.positions
+        return hidden[row, column].float() if fits else None
+    if hidden.ndim == 3:
+        hidden = _mean_over_positions(hidden.float(), part.mask)
+    return hidden[row].float()
+
+
+def _mean_over_positions(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or mask.shape[1] != hidden.shape[1]:
+        return hidden.mean(1)
+    present = _beside(mask != 0, hidden)[..., None]
+    return torch.where(present, hidden, 0.0).sum(1) / present.sum(1).clamp(min=1)
+
+
+def _beside(value: Tensor, other: Tensor) -> Tensor:
+    """On the other's device; a model may be spread over several."""
+    return value if value.device == other.device else value.to(other.device)
+
+
+def _on_one_device(rows: Mapping[str, Sequence[AttentionRows]]) -> dict[str, AttentionRows]:
+    layers = {name: joined(parts) for name, parts in rows.items()}
+    first = next(iter(layers.values())).reach.device
+    if all(one.reach.device == first for one in layers.values()):
+        return layers
+    return {name: moved(one, first) for name, one in layers.items()}

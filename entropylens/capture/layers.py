@@ -1,19 +1,32 @@
-"""Which layers of a model show what it has made of its inputs."""
+"""Which layers of a model show what it has made of its inputs, and how they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from math import ceil
-from typing import Final
+from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["layers_of"]
+from entropylens.capture.call import tensors_in
+
+__all__ = ["Hidden", "Walk", "layers_of"]
 
 MOST: Final = 4
 _LEAST_SHARE: Final = 0.5
 """Of the parameters, that repeated blocks hold where they are the model."""
+_FEATURES: Final = {
+    "out_channels": True,
+    "num_features": True,
+    "num_channels": True,
+    "out_features": False,
+    "embedding_dim": False,
+}
+"""What modules call the number of their features, and whether these stand right after the batch."""
 
 
 def layers_of(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
@@ -86,3 +99,96 @@ def _embedding_size(model: nn.Module) -> int:
     return sum(
         module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
     )
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a layer gave."""
+
+    output: Any
+    features: int | None
+    """Of the last module with weights before it ended; None is not known."""
+    features_first: bool
+    """Whether that module has its features right after the batch, as convolutions do."""
+    is_sequence_first: bool
+    """Whether the layer says that its first axis is the sequence's."""
+
+    def with_features_last(self, rows: int) -> Tensor | None:
+        """``[rows, D]`` or ``[rows, positions, D]``; None where it has no such axis of rows."""
+        found = next(iter(tensors_in(self.output)), None)
+        if found is None or found.ndim < 2 or not found.is_floating_point():
+            return None
+        is_turned = found.ndim == 3 and found.shape[1] == rows
+        if is_turned and (found.shape[0] != rows or self.is_sequence_first):
+            found = found.movedim(1, 0)
+        elif found.shape[0] != rows:
+            return None
+        found = found.movedim(self._axis(found.shape), -1)
+        return found.flatten(1, -2) if found.ndim > 3 else found
+
+    def _axis(self, shape: torch.Size) -> int:
+        likely = 1 if self.features_first else len(shape) - 1
+        fitting = [at for at in range(1, len(shape)) if shape[at] == self.features]
+        return fitting[0] if len(fitting) == 1 else likely
+
+
+class Walk:
+    """Where a forward is, and what the wanted layers gave when each first ended.
+
+    Hooks are put on the modules as they are then, to be taken away by whoever has put others aside.
+
+    Args:
+        model: Whose layers are wanted.
+        wanted: Their names.
+        read: Makes of a layer's output what is kept of it, at once: it may be written over later.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Collection[str],
+        read: Callable[[Hidden], Tensor | None],
+    ) -> None:
+        self.found: dict[str, Tensor] = {}
+        self.names: Mapping[int, str] = {id(m): name for name, m in model.named_modules()}
+        self._wanted, self._read = {*wanted}, read
+        self._path: list[str] = []
+        self._features: tuple[int | None, bool] = (None, False)
+
+    def place(self) -> str:
+        """Name of the module that runs."""
+        return self._path[-1] if self._path else ""
+
+    def begin(self, module: nn.Module) -> None:
+        """Follow the next forward of a module."""
+        for part in module.modules():
+            part.register_forward_pre_hook(partial(self._enter, self.names.get(id(part), "")))
+            part.register_forward_hook(self._leave)
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self._path.append(name)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self._path.pop()
+        self._features = next(_features(module), self._features)
+        if name not in self._wanted or name in self.found:
+            return
+        turned = any(getattr(part, "batch_first", True) is False for part in module.modules())
+        states = self._read(Hidden(output, *self._features, is_sequence_first=turned))
+        if states is not None:
+            self.found[name] = states
+
+
+def _features(module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """How many features a module with weights of its own has, and whether they stand first."""
+    if not any(True for _ in module.parameters(recurse=False)) and not _normalises(module):
+        return
+    if isinstance(module, nn.LayerNorm):
+        yield module.normalized_shape[-1], False
+    for name, first in _FEATURES.items():
+        if isinstance(size := getattr(module, name, None), int):
+            yield size, first
+
+
+def _normalises(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase)

@@ -70,8 +70,11 @@ def squared_distances(states: Tensor) -> Tensor:
 def median_bandwidth(states: Tensor, squared: Tensor, factor: float = 1.0) -> Tensor:
     """At which scale do the points themselves lie?
 
-    ``factor * median of |x_i - x_j| over pairs`` (the lower of two middle ones), and no less than
-    1e-6 of the root mean square of |x|: what lies closer may differ by float32 rounding alone.
+    ``factor * median of |x_i - x_j|`` over the pairs that differ (the lower of two middle ones),
+    which are those further apart than 1e-6 of the root mean square of |x|: what lies closer may
+    differ by float32 rounding alone. Over all pairs the median would be 0 as soon as 71 % of the
+    rows were one point, and whatever is left would look like so many directions. No less than those
+    1e-6, which is what it is where no pair differs: then all affinities are near 1 and the DSE 0.
 
     Args:
         states: ``[N, D]``, at least two rows.
@@ -85,11 +88,10 @@ def median_bandwidth(states: Tensor, squared: Tensor, factor: float = 1.0) -> Te
     Device: the input's; no host synchronisation.
     Cost: O(N^2).
     """
-    count = len(squared)
-    # Sorted, the N zeros of the diagonal come first and then every pair twice.
-    rank = count + 2 * ((count * (count - 1) // 2 + 1) // 2)
-    median = squared.flatten().kthvalue(rank).values.sqrt()
     rounding = ROUNDING * states.to(squared.dtype).square().sum(1).mean().sqrt()
+    is_apart = squared > rounding.square()
+    apart = torch.where(is_apart, squared, torch.nan).nanmedian()
+    median = torch.where(is_apart.any(), apart, squared.amax()).sqrt()
     return torch.maximum(factor * median, rounding).clamp(min=1e-18)
 
 

@@ -41,7 +41,8 @@ def estimated_diffusion_entropy(
 
     Returns:
         The estimate and its standard error over probes (of a regression, residuals as if left out
-        one by one). The quadrature's own error is not in it: none is seen at 40 steps.
+        one by one). The quadrature's own error is not in it: none is seen at 40 steps. Both are NaN
+        where a state or the bandwidth is not finite.
 
     Unit: bits.
     Device: the input's; no host synchronisation but in eigensolvers of ``[steps, steps]``.
@@ -50,6 +51,10 @@ def estimated_diffusion_entropy(
         quadrature.
     """
     points = states.to(wide_dtype(states))
+    is_finite = points.isfinite().all() & (points.new_ones(()) * bandwidth).isfinite()
+    # An eigensolver would raise.
+    points = torch.where(is_finite, points, 0.0)
+    bandwidth = torch.where(is_finite, bandwidth, points.new_ones(()))
     points = points - points.mean(0)
     count, one = len(points), torch.ones_like(points[:, :1])
 
@@ -78,7 +83,9 @@ def estimated_diffusion_entropy(
     # Each as if its probe had not been fitted: probes that scatter more are those that pull.
     alone = left_over / (1.0 - (controls * inverse.T).sum(1)).clamp(min=1e-3)
     error = (share * alone).norm()
-    return trace.log2() + share @ sums / trace / log(2.0), error / trace / log(2.0)
+    found = torch.stack([trace.log() + share @ sums / trace, error / trace]) / log(2.0)
+    estimate, standard_error = torch.where(is_finite, found, torch.nan)
+    return estimate, standard_error
 
 
 def _rows(points: Tensor, bandwidth: Tensor | float, power: int) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """Singular values of weight matrices, what they say, and what they would be by chance."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import exp, log, sqrt
@@ -13,6 +14,7 @@ from entropylens.diagnostics._summaries import wide_dtype
 __all__ = [
     "MarchenkoPastur",
     "Summary",
+    "effective_shape",
     "gram_matrix",
     "marchenko_pastur",
     "null_entropy_deficit",
@@ -45,8 +47,14 @@ _EDELMAN: Final = 1.537
 """Limit of E log kappa - log n of a square real Gaussian matrix."""
 _TRACY_WIDOM_MEAN: Final = -1.2065
 _TRACY_WIDOM_99: Final = 2.02
+_FEWEST: Final = 8
+"""Eigenvalues below which they follow no law."""
+_SUMMED: Final = 32
+"""By how many roundings an entry may be off that is itself a sum, of a product of matrices."""
 _PASSES: Final = 30
 """Of fitting the variance and leaving out what is above the edge by it: each leaves out more."""
+
+Shape = tuple[int, int] | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class MarchenkoPastur:
-    """Singular values against those of independent entries; every field is ``[]``."""
+    """Singular values against those of independent entries; every field is ``[]``.
+
+    NaN where too few singular values are above rounding.
+    """
 
     variance: Tensor
     """Of one entry, without the outliers."""
@@ -106,7 +117,8 @@ def singular_values(matrix: Tensor) -> Tensor:
     Unit: that of the entries.
     Device: the input's. The solvers of `torch.linalg` wait for the device, so looking at whether
         the smallest is resolved adds no wait; on the meta device the first route is taken.
-    Cost: O(m n min(m, n)) time, O(min(m, n)^2) memory besides a block of rows. On one core, in ms,
+    Cost: O(m n min(m, n)) time, O(min(m, n)^2) memory besides a block of rows; the second route
+        holds the whole matrix in float64, and the solver's copy of it. On one core, in ms,
         against svdvals in float64 (and float32): 21 to 32 (22) at 576 x 576, 30 to 64 (37) at
         1536 x 576, 30 to 182 (105) at 576 x 1536, 0.44 s to 1.4 (0.7) at 49152 x 576, 100 to 250
         (150) at 1024 x 1024, 0.56 s to 2.3 (1.4) at 2048 x 2048 (`benchmarks/spectra.py`). Where
@@ -214,10 +226,10 @@ def _floor(noise: Tensor, moved: Tensor, shape: tuple[int, int]) -> Tensor:
     return (moved + (moved.square() + lift * noise.square()).sqrt()) / (2 * _MOVED)
 
 
-def _noise(singular: Tensor, shape: tuple[int, int], stored: torch.dtype) -> Tensor:
+def _noise(singular: Tensor, shape: Shape, stored: torch.dtype) -> Tensor:
     """Standard deviation of what rounding adds to an entry, and to a singular value."""
     kept = torch.finfo(stored)
-    entry = singular.square().sum().sqrt() / sqrt(shape[0] * shape[1])
+    entry = singular.square().sum().sqrt() / (shape[0] * shape[1]) ** 0.5
     rounding = _ROUNDING * kept.eps * entry
     coarsest = kept.smallest_normal * kept.eps / sqrt(12)
     solver = sqrt(len(singular)) * torch.finfo(torch.float64).eps * singular[0]
@@ -290,7 +302,7 @@ def summarise(
         stable_rank=square / largest.square(),
         effective_rank=torch.special.entr(share).sum().exp(),
         log_volume=counted.log().sum(),
-        entropy_deficit=-relative.log().sum().clamp(max=0),
+        entropy_deficit=0.0 - relative.log().sum().clamp(max=0),
         is_volume_known=(noise / counted).mean() <= _LOST,
     )
 
@@ -383,19 +395,52 @@ def null_entropy_deficit(m: int, n: int) -> float:
     return max(float(found) / 2, 0.0)
 
 
-def marchenko_pastur(singular: Tensor, shape: tuple[int, int]) -> MarchenkoPastur:
+def effective_shape(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """How many rows and columns of a matrix are not all zero?
+
+    What is left when dead units and inputs that are never there are taken out: the singular values
+    above 0 are the same.
+
+    Args:
+        matrix: ``[m, n]``, any floating dtype.
+
+    Returns:
+        Rows and columns, each ``[]`` int64.
+
+    Device: the input's; no host synchronisation.
+    Cost: O(m n).
+
+    Example:
+        >>> effective_shape(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
+        (tensor(1), tensor(2))
+    """
+    matrix = matrix.detach()
+    rows, columns = ((matrix.amax(side) != 0) | (matrix.amin(side) != 0) for side in (1, 0))
+    return rows.sum(), columns.sum()
+
+
+def marchenko_pastur(
+    singular: Tensor, shape: Shape, stored: torch.dtype = torch.float32
+) -> MarchenkoPastur:
     """Does a matrix look like independent noise, and what stands out of it?
 
     Eigenvalues ``lambda = sigma^2 / N`` (N the longer side) against the law of independent entries.
     The variance is the mean of the lambdas that are no outliers, found again and again from all of
     them down; an outlier is above Tracy and Widom's 99 % point ``mu + 2.02 s`` of the largest.
 
+    Only singular values above the norm that rounding has as a matrix of its own,
+    ``nu (sqrt(m) + sqrt(n))``, are counted, and the law is that of as many rows: zeros would take
+    the variance to 0. nu is that of `rounding_floor`, or 32 times what it is for float32 where that
+    is more (float64 for what is stored so), since entries that are sums have more.
+
     Args:
         singular: ``[k]``, any order, k the smaller side.
-        shape: ``(m, n)``.
+        shape: ``(m, n)``; of a matrix with rows or columns of zeros its `effective_shape`.
+        stored: Precision of its entries.
 
     Returns:
-        Variance of an entry, the distance ``sup |F - F_MP|`` of all eigenvalues, the outliers.
+        Variance of an entry, the distance ``sup |F - F_MP|`` of the eigenvalues, the outliers; all
+        NaN where fewer than 8 eigenvalues, or than half of the smaller side, are counted.
 
     Device: the input's; no host synchronisation.
     Cost: O(k log k).
@@ -407,27 +452,45 @@ def marchenko_pastur(singular: Tensor, shape: tuple[int, int]) -> MarchenkoPastu
         >>> round(found.variance.item(), 1), found.outliers.item()
         (1.0, 0.0)
     """
-    k, longer = min(shape), max(shape)
-    eigenvalues = (singular.square() / longer).sort().values
-    root = sqrt(longer - 1) + sqrt(k)
-    width = root * (1 / sqrt(max(longer - 1, 1)) + 1 / sqrt(k)) ** (1 / 3)
-    edge = (root**2 + _TRACY_WIDOM_99 * width) / longer
-    variance = eigenvalues.mean()
+    ordered = singular.sort().values
+    rows, columns = (ordered.new_ones(()) * side for side in shape)
+    shorter, longer = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    noise = _largest_noise(ordered.flip(0), (rows, columns), stored)
+    is_counted = ordered > noise * (rows.sqrt() + columns.sqrt())
+    count = is_counted.sum().to(ordered.dtype)
+    is_enough = (count >= _FEWEST) & (2 * count >= shorter)
+    eigenvalues = ordered.square() / longer
+    edge = _edge(count, longer)
+    variance = eigenvalues.sum() / count
     for _ in range(_PASSES):
-        kept = eigenvalues <= edge * variance
+        kept = is_counted & (eigenvalues <= edge * variance)
         variance = torch.where(kept, eigenvalues, 0.0).sum() / kept.sum()
-    law = _law(eigenvalues / variance, k / longer)
-    steps = torch.arange(k, device=singular.device) / k
+    law = _law(eigenvalues / variance, count / longer)
+    steps = (torch.arange(len(ordered), device=singular.device) - len(ordered) + count) / count
+    far = torch.where(is_counted, torch.maximum(law - steps, steps + 1 / count - law), 0.0)
+    outliers = (eigenvalues > edge * variance).sum().to(singular.dtype)
     return MarchenkoPastur(
-        variance=variance,
-        distance=torch.maximum(law - steps, steps + 1 / k - law).amax(),
-        outliers=(eigenvalues > edge * variance).sum().to(singular.dtype),
+        *(torch.where(is_enough, found, torch.nan) for found in (variance, far.amax(), outliers))
     )
 
 
-def _law(eigenvalues: Tensor, q: float) -> Tensor:
+def _largest_noise(singular: Tensor, shape: Shape, stored: torch.dtype) -> Tensor:
+    """Standard deviation of what storage, or the sum that an entry is, adds to it."""
+    summed = torch.float64 if stored == torch.float64 else torch.float32
+    return torch.maximum(_noise(singular, shape, stored), _SUMMED * _noise(singular, shape, summed))
+
+
+def _edge(shorter: Tensor, longer: Tensor) -> Tensor:
+    """Tracy and Widom's 99 % point of the largest eigenvalue for unit variance."""
+    others = (longer - 1).clamp(min=1)
+    root = (longer - 1).sqrt() + shorter.sqrt()
+    width = root * (others.rsqrt() + shorter.rsqrt()) ** (1 / 3)
+    return (root.square() + _TRACY_WIDOM_99 * width) / longer
+
+
+def _law(eigenvalues: Tensor, q: float | Tensor) -> Tensor:
     """Marchenko and Pastur's distribution function for unit variance and ``q <= 1``."""
-    low, high = (1 - sqrt(q)) ** 2, (1 + sqrt(q)) ** 2
+    low, high = (1 - q**0.5) ** 2, (1 + q**0.5) ** 2
     inside = eigenvalues.clamp(low, high)
     above, below = high - inside, inside - low
     root = (above * below).sqrt()
@@ -491,8 +554,10 @@ def power_iteration(matrix: Tensor, vector: Tensor, steps: int = 1) -> tuple[Ten
     """How large is the largest singular value, going on from an earlier guess of its direction?
 
     Each step is ``u = W v / ||W v||``, ``v = W^T u / ||W^T u||``; the estimate is the last
-    ``||W^T u||``. Products are in float32, over blocks of rows, so that a matrix of a narrower
-    dtype is neither multiplied in it nor widened whole.
+    ``||W^T u||``. Where the guess has no image, as signs that sum to 0 have none in a constant
+    matrix, the row with the largest entry is the next one. Products are in float32, in units of the
+    largest entry, over blocks of rows, so that a matrix of a narrower dtype is neither multiplied
+    in it nor widened whole.
 
     Args:
         matrix: ``[m, n]``, any floating dtype.
@@ -505,7 +570,7 @@ def power_iteration(matrix: Tensor, vector: Tensor, steps: int = 1) -> tuple[Ten
         guess ``[n]`` float32, which stays what it was in these cases.
 
     Device: the input's; no host synchronisation.
-    Cost: 2 ``steps`` products of the matrix with a vector.
+    Cost: 2 ``steps`` products of the matrix with a vector, and a look at its largest entry.
     Source: von Mises and Pollaczek-Geiringer (1929); warm-started as in spectral normalisation,
         Miyato et al. (2018).
 
@@ -522,16 +587,38 @@ def power_iteration(matrix: Tensor, vector: Tensor, steps: int = 1) -> tuple[Ten
     kind = matrix.device.type
     is_cast = torch.amp.is_autocast_available(kind)
     with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
+        unit, row = _largest_row(blocks)
         for _ in range(steps):
             product, image = torch.zeros_like(vector), vector.new_zeros(())
             for block in blocks:
                 wide = block.float()
-                part = wide @ vector
+                part = wide @ (vector / unit)
                 image = image + part.square().sum()
-                product = product + part @ wide
+                product = product + (part / unit) @ wide
             image = image.sqrt()
-            length = product.norm()
-            size = torch.where(image > 0, length / image, image)
+            is_seen = image > 0
+            following = torch.where(is_seen, product, row)
+            length = following.norm()
+            # A row without its image: sigma_max is no less than its length.
+            size = length / torch.where(is_seen, image, 1.0)
             is_good = size.isfinite() & (size > 0)
-            vector = torch.where(is_good, product / length, vector)
-    return size * (1 - 1e-6), vector
+            vector = torch.where(is_good, following / length, vector)
+    return size * unit * (1 - 1e-6), vector
+
+
+def _largest_row(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The largest entry, and the row that it stands in, in units of it."""
+    unit, row = _largest_row_of(blocks[0])
+    for block in blocks[1:]:
+        size, other = _largest_row_of(block)
+        # What is NaN stays so.
+        row = torch.where(size > unit, other, row)
+        unit = torch.maximum(unit, size)
+    unit = unit.clamp(min=torch.finfo(unit.dtype).tiny)
+    return unit, row / unit
+
+
+def _largest_row_of(block: Tensor) -> tuple[Tensor, Tensor]:
+    sizes = torch.maximum(block.amax(1), -block.amin(1)).float()
+    at = sizes.argmax(keepdim=True)
+    return sizes[at].squeeze(0), block.index_select(0, at).squeeze(0).float()

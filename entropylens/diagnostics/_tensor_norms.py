@@ -180,6 +180,21 @@ def _below(gradients: _Tensors, largest: _Tensors) -> _Tensors:
 
 
 def sizes_of(tensors: Sequence[Tensor]) -> Tensor:
+    """How many elements does each tensor have?
+
+    Args:
+        tensors: ``n`` of any shape, at least one, on one device.
+
+    Returns:
+        ``[n]``, in float64 where the device has it.
+
+    Device: the input's; no host synchronisation.
+    Cost: some kernels; no tensor is read.
+
+    Example:
+        >>> sizes_of([torch.ones(2, 3), torch.tensor(1.0)])
+        tensor([6., 1.], dtype=torch.float64)
+    """
     # Numbers of the host that a kernel is called with: no copy, which would wait for the stream.
     first = tensors[0]
     zeros = torch.zeros(len(tensors), dtype=wide_dtype(first), device=first.device)

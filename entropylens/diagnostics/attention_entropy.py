@@ -230,8 +230,7 @@ class AttentionEntropy(Diagnostic):
         """Measure the queries of one look at the probe set."""
         if not reading.layers:
             return [], state
-        device = next(iter(reading.layers.values())).entropy.device
-        layers = {name: _heads(rows).to(device) for name, rows in reading.layers.items()}
+        layers = {name: _heads(rows) for name, rows in reading.layers.items()}
         model = torch.cat(list(layers.values()), 1)
         entropy, _, queries, _ = model
         largest = torch.where(queries > 0, entropy, 0.0).amax()

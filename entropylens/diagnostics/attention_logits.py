@@ -167,7 +167,9 @@ class AttentionLogits(Diagnostic):
             largest, quantile = largest_logits(rows)
             values = torch.stack([largest, mean_log_partition(rows), quantile])
             weight = (rows.reach > 0).sum().float()
-            began = first.get(name, torch.full_like(values[:2], torch.nan)).to(values.device)
+            began = first.get(name, torch.full_like(values[:2], torch.nan))
+            if began.device != values.device:
+                began = began.to(values.device)
             drift = torch.where(began.isnan(), 0.0, weight)
             blocks.append(
                 Block.metrics(

@@ -17,20 +17,31 @@ from entropylens.diagnostics._diffusion import (
     squared_distances,
     symmetric_diffusion,
 )
+from entropylens.diagnostics._diffusion_estimate import estimated_diffusion_entropy
 from entropylens.registry import Block, Diagnostic, Metric, RepresentationReading, diagnostic
 
 __all__ = ["DiffusionEntropy"]
 
 _FEWEST: Final = 3
 """Rows below which no pair of points has a scale to be compared with."""
-_EXACT: Final = (
-    "exact in float64 for the N rows of the probe set, all eigenvalues; module is the layer. "
-    "Absent where a state is not finite or there are fewer than 3 rows. It grows with N (by about "
-    ".1 bits for twice as many), so compare runs of the same N only; another draw of 512 rows "
-    "moves it by .003 (Gaussian) to .024 bits (features of a network)"
+_MOST: Final = 4000
+"""Rows above which not all eigenvalues are found, and that many make the bandwidth."""
+_ROWS: Final = (
+    "module is the layer. Absent where a state is not finite or there are fewer than 3 rows"
+)
+_GROWS: Final = (
+    "It grows with N (by about .1 bits for twice as many), so compare runs of the same N only; "
+    "another draw of 512 rows moves it by .003 (Gaussian) to .024 bits (features of a network)"
+)
+_ALL: Final = "exact in float64 for the N rows of the probe set, all eigenvalues; "
+_EXACT: Final = f"{_ALL}absent where N is above 4,000; {_ROWS}. {_GROWS}"
+_ESTIMATED: Final = (
+    f"{_ALL}where N is above 4,000 estimated by stochastic Lanczos quadrature, within "
+    f"representation/dse_standard_error; {_ROWS}. {_GROWS}"
 )
 _MEDIAN: Final = (
-    "s = median distance between two rows, so that the scale of activations does not matter"
+    "s = median distance between two rows that differ, so that the scale of activations does not "
+    "matter and rows that are one point do not make it 0"
 )
 _SPREAD: Final = (
     "p_i = lambda_i / sum lambda, lambda the eigenvalues of D^-1 G, G_ij = exp(-|x_i - x_j|^2 / "
@@ -39,7 +50,7 @@ _SPREAD: Final = (
 _COST: Final = (
     "O(N^2 D + N^3) for each layer and variant; for N = 512, D = 256 about .3 s of processor time "
     "for 4 layers: 11 ms an eigenvalue problem, of which each layer has 2 and the last one 4, and "
-    "15 ms for each mutual information"
+    "15 ms for each mutual information; where N is above 4,000, O(40 N^2 (D + 24)) for each layer"
 )
 _LIAO: Final = "Liao et al. (2023), arXiv 2312.04823"
 _RICH: Final = "states spread over many directions; near log2 N see dse_is_saturated"
@@ -71,8 +82,8 @@ def _information(about: str, high: str, low: str) -> Metric:
         low,
         estimator="5 subsets for each class, the same ones at every measurement; classes that tell "
         "nothing give 0 +- .015 (N = 400, 2 to 10 classes), sometimes below 0. Absent where they "
-        "are not known, where one of them has a single row, as tokens have, and where a state is "
-        "not finite",
+        "are not known, where there is one class alone, where one of them has a single row, as "
+        "tokens have, where N is above 4,000 and where a state is not finite",
     )
 
 
@@ -94,7 +105,18 @@ METRICS: Final[Mapping[str, Metric]] = {
         f"DSE = -sum_i p_i log2 p_i, {_SPREAD}; {_MEDIAN}",
         _RICH,
         _POOR,
-        estimator=f"{_EXACT}. Without a module it is the mean of the layers",
+        estimator=f"{_ESTIMATED}. Without a module it is the mean of the layers",
+    ),
+    "representation/dse_standard_error": _metric(
+        "By how much may an estimated representation/dse be wrong?",
+        "standard error of representation/dse over 24 random probes",
+        "compare only changes well above it",
+        "representation/dse is nearly exact",
+        estimator=f"only where N is above 4,000; {_ROWS}. The bandwidth's own error is not in it: "
+        "representation/bandwidth is then of a sample of the rows, the same ones at every "
+        "measurement",
+        cost="comes with representation/dse",
+        source="Ubaru, Chen and Saad (2017)",
     ),
     "representation/dse_half": _corrected("1/2"),
     "representation/dse_one": _corrected("1"),
@@ -126,10 +148,13 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     "representation/bandwidth": _metric(
         "How far apart are two of a layer's states?",
-        "s = median over pairs of |x_i - x_j|, at least 1e-6 of the root mean square of |x|",
+        "s = median over pairs that differ of |x_i - x_j|, which are those where it is above 1e-6 "
+        "of the root mean square of |x|; that, where none is",
         "activations grow; representation/dse does not see it, representation/dse_released does",
         "activations shrink or collapse onto each other",
         unit="activation",
+        estimator=f"exact in float64; where N is above 4,000, of that many rows evenly spaced; "
+        f"{_ROWS}",
         cost="O(N^2 D)",
         source="Definition",
     ),
@@ -153,6 +178,25 @@ METRICS: Final[Mapping[str, Metric]] = {
     ),
     "representation/dse_is_saturated": _saturated("dse"),
     "representation/dse_released_is_saturated": _saturated("dse_released"),
+    "representation/dse_is_condensed": _metric(
+        "Does representation/dse rest on too few neighbours?",
+        "1 where representation/neighbours is below 5, else 0",
+        "do not believe representation/dse: it is made by single pairs of rows",
+        "the spectrum rests on many pairs",
+        unit="1",
+        cost="O(N^2 D)",
+        source="Biroli and Mezard (2024), arXiv 2408.05807",
+    ),
+    "representation/dse_released_is_too_wide": _metric(
+        "Is representation/dse_released stuck near 0?",
+        "1 where min_ij G_ij is above 1/2, s = 10, else 0",
+        "do not believe representation/dse_released: all rows look like one, since they lie within "
+        "11.8 of each other",
+        "some rows are told apart",
+        unit="1",
+        cost="O(N^2 D)",
+        source="Definition",
+    ),
 }
 
 
@@ -170,7 +214,10 @@ class DiffusionEntropy(Diagnostic):
         layers = {name: x for name, x in reading.states.items() if len(x) >= _FEWEST}
         last = next(reversed(layers), None)
         blocks = [
-            _layer(name, states, reading, is_last=name == last) for name, states in layers.items()
+            _estimated(name, states)
+            if len(states) > _MOST
+            else _layer(name, states, reading, is_last=name == last)
+            for name, states in layers.items()
         ]
         return [*blocks, *([_mean_of(blocks)] if blocks else [])], state
 
@@ -197,6 +244,7 @@ def _layer(name: str, states: Tensor, reading: RepresentationReading, *, is_last
         "representation/neighbours": health.neighbours,
         "representation/self_share": health.self_share,
         "representation/dse_is_saturated": health.is_saturated,
+        "representation/dse_is_condensed": health.is_condensed,
     }
     if is_last:
         values["representation/dse_half"] = spectral_entropy(affinity, alpha=0.5)
@@ -209,15 +257,37 @@ def _layer(name: str, states: Tensor, reading: RepresentationReading, *, is_last
             )
     released = squared.mul_(-0.5 / RELEASED_BANDWIDTH**2).exp_()
     values["representation/dse_released"] = spectral_entropy(released)
-    values["representation/dse_released_is_saturated"] = affinity_health(released).is_saturated
+    wide = affinity_health(released)
+    values["representation/dse_released_is_saturated"] = wide.is_saturated
+    values["representation/dse_released_is_too_wide"] = wide.is_too_wide
+    return _block(name, values, is_finite, len(states))
+
+
+def _estimated(name: str, states: Tensor) -> Block:
+    is_finite = states.isfinite().all()
+    some = states[torch.arange(_MOST, device=states.device) * len(states) // _MOST]
+    bandwidth = median_bandwidth(some, squared_distances(some))
+    estimate, error = estimated_diffusion_entropy(
+        states, bandwidth=bandwidth, generator=torch.Generator().manual_seed(0)
+    )
+    values = {
+        "representation/dse": estimate,
+        "representation/dse_standard_error": error,
+        "representation/bandwidth": bandwidth,
+    }
+    return _block(name, values, is_finite, len(states))
+
+
+def _block(name: str, values: Mapping[str, Tensor], is_finite: Tensor, rows: int) -> Block:
     return Block.metrics(
         list(values),
         torch.stack(list(values.values())).float(),
-        weight=is_finite * float(len(states)),
+        weight=is_finite * float(rows),
         modules=name,
     )
 
 
 def _has_classes(labels: Sequence[int]) -> bool:
-    """Whether each class has rows to compare."""
-    return min(Counter(labels).values()) > 1
+    """Whether there are classes to tell apart, each with rows to compare."""
+    sizes = Counter(labels).values()
+    return len(sizes) > 1 and min(sizes) > 1

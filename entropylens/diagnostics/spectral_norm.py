@@ -20,7 +20,7 @@ _LATER: Final = 2
     floor=200,
     metrics={
         "conditioning/spectral_norm": Metric(
-            question="By how much does a matrix stretch at most?",
+            question="At least how much does a matrix stretch what it stretches most?",
             formula="||W^T u||, u = W v / ||W v||, v from the last look: at most sigma_max",
             unit="that of the weights",
             estimator="a lower bound of sigma_max by power iteration: 5 steps at the first look, 2 "
@@ -31,8 +31,8 @@ _LATER: Final = 2
             "another direction had become the largest",
             high="activations and gradients can grow: spectral growth before an instability",
             low="a weak layer, or strong weight decay",
-            cost="four products of each matrix with a vector, ten at the first look; one vector a "
-            "matrix is kept",
+            cost="four products of each matrix with a vector, ten at the first look, and its "
+            "largest entry; one vector a matrix is kept",
             source="von Mises and Pollaczek-Geiringer (1929); Miyato et al. (2018), "
             "arXiv 1802.05957",
         ),

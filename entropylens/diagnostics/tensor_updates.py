@@ -1,6 +1,7 @@
 """What did the optimiser do, tensor by tensor and layer by layer?"""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
@@ -27,8 +28,9 @@ _PLAIN: Final = (
     "sharded ones (DTensor) are left out, since no rank knows their numbers alone"
 )
 _GRADIENTS: Final = (
-    _PLAIN + "; of the gradient as the step left it, absent where it left none, and wrong where an "
-    "optimiser fills its gradients with zeros within the step"
+    _PLAIN + "; of the gradient as the step left it, absent where it left none or a sparse one "
+    "(nn.Embedding(sparse=True)), and wrong where an optimiser fills its gradients with zeros "
+    "within the step"
 )
 _COST: Final = "a copy of the trainable parameters during the step and about ten reads of them"
 
@@ -41,7 +43,8 @@ def _metric(question: str, formula: str, high: str, low: str, **other: str) -> M
 _RULE: Final = "Karpathy's and Cockpit's update-size rule of thumb (1e-3), tensor by tensor"
 _LAYER: Final = (
     "; module is the layer: the parameter's name up to its first number, else the module that "
-    "holds it, after the optimiser's name where there are several"
+    "holds it, after the optimiser's name where there are several; absent where its tensors are on "
+    "several devices"
 )
 _BOLD: Final = "above about 1e-2: unusually bold, or weights that are still near 0"
 _SHY: Final = "below about 1e-5: it hardly learns"
@@ -80,7 +83,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         estimator=_GRADIENTS + ". v is that after the step, so g is in it: RMS_t is exactly 1 in "
         "the first step and at most sqrt((1 - beta_2^t) / (1 - beta_2)), which is 4.5 for beta_2 = "
         "0.95 and 31.6 for 0.999. Of AMSGrad it is the running v, not its maximum. Absent where v "
-        "is not kept, or kept factored or quantised",
+        "is not kept, or kept factored, quantised or on another device",
         source="Wortsman et al. (2023), Stable and low-precision training for large-scale "
         "vision-language models, arXiv 2304.13013, Sec. 3 (threshold 2.3)",
     ),
@@ -150,25 +153,49 @@ class TensorUpdates(Diagnostic):
         names = [name for name, old in reading.before.items() if _is_plain(old)]
         places = {layer: at for at, layer in enumerate(dict.fromkeys(map(layer_of, names)))}
         names.sort(key=lambda name: places[layer_of(name)])
-        if not names:
-            return [], state
-        rows = _Rows(reading.optimizer)
-        _of_updates(rows, reading, names)
-        having = [name for name in names if name in reading.gradients]
-        if having:
-            _of_gradients(rows, reading, having)
-        return [rows.block()], state
+        by_device: dict[torch.device, list[str]] = {}
+        for name in names:
+            by_device.setdefault(reading.before[name].device, []).append(name)
+        split = _in_several(by_device.values())
+        return [_block(reading, on_one, split) for on_one in by_device.values()], state
+
+
+def _in_several(groups: Collection[Sequence[str]]) -> frozenset[str]:
+    """Layers that have tensors in more than one of the groups of names."""
+    seen = Counter(layer for names in groups for layer in {*map(layer_of, names)})
+    return frozenset(layer for layer, count in seen.items() if count > 1)
+
+
+def _block(reading: UpdateReading, names: Sequence[str], split: Collection[str]) -> Block:
+    """What is to be said of the tensors of one device; of layers in ``split``, not as layers."""
+    rows = _Rows(reading.optimizer, split)
+    _of_updates(rows, reading, names)
+    having = [name for name in names if _is_dense(reading.gradients.get(name))]
+    if having:
+        _of_gradients(rows, reading, having)
+    return rows.block()
+
+
+def _is_dense(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.layout == torch.strided
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return not hasattr(tensor, "placements") and tensor.is_floating_point() and tensor.numel() > 0
+    is_whole = not hasattr(tensor, "placements") and tensor.layout == torch.strided
+    return is_whole and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _is_beside(reading: UpdateReading, name: str) -> bool:
+    """Whether the parameter has a second moment, on its own device."""
+    moment = reading.second_moments.get(name)
+    return moment is not None and moment.device == reading.before[name].device
 
 
 class _Rows:
     """Columns of a block, as they grow."""
 
-    def __init__(self, optimizer: str) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: str, split: Collection[str]) -> None:
+        self._optimizer, self._split = optimizer, split
         self._names: list[str] = []
         self._modules: list[str] = []
         self._values: list[Tensor] = []
@@ -188,18 +215,27 @@ class _Rows:
     ) -> None:
         """Norms of layers, whose tensors stand together; divided by norms of others."""
         layers, counts = zip(*((k, len(list(g))) for k, g in groupby(names, layer_of)), strict=True)
-        modules = [f"{self._optimizer}/{one}" if self._optimizer else one for one in layers]
-        values = joined_norms(norms, counts, SQUARES)
+        kept = [at for at, layer in enumerate(layers) if layer not in self._split]
+        if not kept:
+            return
+        start = f"{self._optimizer}/" if self._optimizer else ""
+        modules = [f"{start}{layers[at]}" for at in kept]
+        values = _at(joined_norms(norms, counts, SQUARES), kept)
         if others is None:
             self.add(name, modules, values)
         else:
-            divisors = joined_norms(others, counts, SQUARES)
+            divisors = _at(joined_norms(others, counts, SQUARES), kept)
             self.add(name, modules, values / divisors, divisors != 0)
 
     def block(self) -> Block:
         """All of it."""
         values, present = torch.cat(self._values).float(), torch.cat(self._present).float()
         return Block.metrics(self._names, values, weight=present, modules=self._modules)
+
+
+def _at(values: Tensor, places: Sequence[int]) -> Tensor:
+    """Some of them; an index tensor would come from the host, and wait for the stream."""
+    return torch.stack([values[at] for at in places]) if len(places) < len(values) else values
 
 
 def _of_updates(rows: _Rows, reading: UpdateReading, names: Sequence[str]) -> None:
@@ -221,7 +257,7 @@ def _of_gradients(rows: _Rows, reading: UpdateReading, names: Sequence[str]) -> 
     rows.add("tensor/zero_update/share", names, swallowed, swallowed.isfinite())
     limited = limit_shares(gradients)
     rows.add("tensor/gradient_at_limit/share", names, limited, limited.isfinite())
-    adaptive = [name for name in names if name in reading.second_moments]
+    adaptive = [name for name in names if _is_beside(reading, name)]
     if adaptive:
         moments = _Chosen(reading.second_moments, adaptive)
         corrections = [reading.bias_corrections.get(name, 1.0) for name in adaptive]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropylens.diagnostics._spectra import (
+    effective_shape,
     marchenko_pastur,
     null_entropy_deficit,
     null_kappa,
@@ -29,6 +30,9 @@ _ROUNDED: Final = (
 _VOLUME: Final = (
     _EXACT + ", and where rounding of the stored entries may have moved it by more than 0.01 nats "
     "for each direction, as for a matrix of lower rank"
+)
+_BULK: Final = (
+    _EXACT + ", and where fewer than 8 singular values are left, or than half of the smaller side"
 )
 _COST: Final = "O(m n min(m, n)) for the matrix shown: 22 ms for 576 x 1536 on one core"
 _KAPPA: Final = "Golub and Van Loan; Ludwig (2025), KappaTune, arXiv 2506.16289"
@@ -65,6 +69,14 @@ METRICS: Final[Mapping[str, Metric]] = {
         "training made it uneven, whatever its shape",
         "more even than chance: an orthogonal start, or one that training evened out",
         estimator=_ROUNDED + "; a square random matrix is itself off by a factor of e or so",
+        source=f"{_KAPPA}; Edelman (1988)",
+    ),
+    "conditioning/kappa_floor_to_null": _metric(
+        "How much worse conditioned than random is a matrix at least, where storage hides it?",
+        "conditioning/kappa_floor / exp(E log kappa of a Gaussian matrix of that shape)",
+        "far worse conditioned than by chance: a direction is lost in the stored precision",
+        "1 or less: as far as can be told, no worse than chance",
+        estimator=_EXACT + "; only where conditioning/kappa_to_null is not known for rounding",
         source=f"{_KAPPA}; Edelman (1988)",
     ),
     "conditioning/sigma_max": _metric(
@@ -126,17 +138,20 @@ METRICS: Final[Mapping[str, Metric]] = {
     "conditioning/outliers": _metric(
         "How many directions stand out of the noise?",
         "eigenvalues sigma^2 / max(m, n) above mu + 2.02 s, the 99 % point of Tracy and Widom's "
-        "law for independent entries of the variance that the others have",
+        "law for independent entries of the variance that the others have; rows and columns of "
+        "zeros and singular values that rounding alone makes are left out",
         "directions that were learned, or entries with heavy tails: compare permuted entries",
         "0: spectrally as at a random start",
+        estimator=_BULK,
         source=_LAW,
     ),
     "conditioning/marchenko_pastur_distance": _metric(
         "How far is a matrix's spectrum from that of independent entries?",
-        "sup |F - F_MP| over eigenvalues, F_MP with the variance that they have without outliers, "
-        "0 .. 1",
+        "sup |F - F_MP| over the eigenvalues of conditioning/outliers, F_MP with the variance that "
+        "they have without outliers, 0 .. 1",
         "structure all over the spectrum: training, or another start than a random one",
         "as independent entries; chance makes about 2 / min(m, n)",
+        estimator=_BULK,
         source=_LAW,
     ),
     "conditioning/kappa_max": _metric(
@@ -144,7 +159,8 @@ METRICS: Final[Mapping[str, Metric]] = {
         "largest kappa, or its floor where it is not known, over matrices as each was last seen",
         _UNEVEN,
         "every matrix is well conditioned",
-        estimator=_EXACT + "; values are up to one turn old; module is empty",
+        estimator=_EXACT + "; values are up to one turn old, and that of a matrix which the model "
+        "no longer has stays until the run ends; module is empty",
         ranks="max",
     ),
 }
@@ -204,20 +220,26 @@ class WeightSpectrum(Diagnostic):
         rows, columns = reading.matrix.shape
         shape = (rows, columns)
         singular = singular_values(reading.matrix)
-        found = summarise(singular, shape, reading.stored, rank=reading.rank)
-        law = marchenko_pastur(singular, shape)
+        rank = _rank_below(reading.rank, min(shape))
+        found = summarise(singular, shape, reading.stored, rank=rank)
+        law = marchenko_pastur(singular, effective_shape(reading.matrix), reading.stored)
         is_finite = singular[0].isfinite()
         is_known, is_volume_known = found.is_kappa_known, found.is_volume_known
         worst = torch.where(is_known, found.kappa, found.kappa_floor)
         # A product of thin factors is of low rank from the start: chance says nothing of it, and
         # the worst matrix is one that the model multiplies with.
-        is_whole = torch.full_like(is_known, reading.rank is None)
-        if reading.rank is None:
+        is_whole = torch.full_like(is_known, rank is None)
+        if rank is None:
             state = {**state, reading.name: worst}
+        by_chance = null_kappa(*shape)
         measured: dict[str, tuple[Tensor, Tensor]] = {
             "conditioning/kappa": (found.kappa, is_known),
             "conditioning/kappa_floor": (found.kappa_floor, ~is_known),
-            "conditioning/kappa_to_null": (found.kappa / null_kappa(*shape), is_known & is_whole),
+            "conditioning/kappa_to_null": (found.kappa / by_chance, is_known & is_whole),
+            "conditioning/kappa_floor_to_null": (
+                found.kappa_floor / by_chance,
+                ~is_known & is_whole,
+            ),
             "conditioning/sigma_min": (found.sigma_min, is_known),
             "conditioning/log_volume": (found.log_volume, is_volume_known),
             "conditioning/entropy_deficit": (found.entropy_deficit, is_volume_known),
@@ -256,6 +278,11 @@ class WeightSpectrum(Diagnostic):
                 },
             ),
         ], state
+
+
+def _rank_below(rank: int | None, full: int) -> int | None:
+    """None where the shape allows no more: then it is a matrix as any other."""
+    return None if rank is None or rank >= full else rank
 
 
 def _largest(kappas: Mapping[str, Tensor], device: torch.device) -> Block:

@@ -51,13 +51,14 @@ def measure(states: Mapping[str, Tensor], labels: Tensor) -> list[Measured]:
         labels: ``[n]``.
 
     Returns:
-        Values that are known; names without ``representation/``.
+        Values of single layers, as far as they are known; names without ``representation/``.
     """
     arrived: list[Measured] = []
 
     def deliver(table: str, columns: dict[str, Any]) -> None:
         names = (name.removeprefix("representation/") for name in columns["name"])
-        arrived.extend(map(Measured, columns["module"], names, columns["value"]))
+        rows = map(Measured, columns["module"], names, columns["value"])
+        arrived.extend(one for one in rows if one.layer)
 
     transfer = Transfer(deliver)
     readers = [found for found in el.all_diagnostics().values() if found.reads == "representation"]

@@ -157,6 +157,26 @@ def test_a_norm_that_is_nan_on_one_rank_parts_it_and_on_all_does_not(tmp_path: P
     assert "nan (rank 0)" in said
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_norms_of_about_nothing_do_not_part_ranks(tmp_path: Path, ranks: int) -> None:
+    update = equal(ranks)
+    update[20:] = 0.0
+    update[25:, 1] = 1e-30
+    update[30:, 0] = 1e-13
+    divergence = found(tmp_path / "run", update=update, gradient=1e-20 * equal(ranks))
+    assert nothing(divergence)
+
+
+def test_a_rank_that_alone_stops_or_goes_on_is_still_named(tmp_path: Path) -> None:
+    update = equal(4)
+    update[20:] = [0.0, 1e-30, 1e-14, 1e-6]
+    small = 1e-20 * equal(4)
+    small[30:, 2] *= 2
+    update_parting, small_parting = found(tmp_path / "run", update=update, weights=small).partings
+    assert (update_parting.since, update_parting.agreed, update_parting.ranks) == (21, 20, (3,))
+    assert (small_parting.since, small_parting.ranks) == (31, (2,))
+
+
 def test_steps_that_a_rank_did_not_tell_are_not_compared(tmp_path: Path) -> None:
     gradient, loss = np.ma.array(equal(3)), np.ma.array(noisy(3))
     gradient[5:15, 2] = gradient[40:, 1:] = np.ma.masked

@@ -135,10 +135,15 @@ def test_attention_of_an_encoder_is_that_of_its_eager_maps(kind: str) -> None:
         maps = reference(IDS, attention_mask=MASK, output_attentions=True).attentions
     for layer, own in zip(maps, attention.layers.values(), strict=True):
         every = torch.special.entr(layer.double()).sum(-1).float()
-        columns = (torch.arange(4) * (17 // 4) + torch.arange(4)[:, None]) % 17
-        expected = every.movedim(1, 2)[torch.arange(4)[:, None], columns].flatten(0, 1)
-        torch.testing.assert_close(own.entropy, expected, atol=1e-5, rtol=0)
-        assert own.reach.view(4, 4)[:, 0].tolist() == [12, 17, 17, 17]
+        queries = found._parts[0].queries
+        assert queries is not None
+        expected = every.movedim(1, 2)[torch.arange(4)[:, None], queries.columns].flatten(0, 1)
+        # All that is no padding, each once.
+        present = queries.present.flatten()
+        assert int(present.sum()) == int(MASK.sum())
+        torch.testing.assert_close(own.entropy[present], expected[present], atol=1e-5, rtol=0)
+        assert own.reach.view(4, -1).amax(1).tolist() == [12, 17, 17, 17]
+        assert not own.reach[~present].any()
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -218,8 +223,6 @@ def test_hidden_states_are_those_of_an_evaluation() -> None:
     torch.testing.assert_close(reading.states["9"], expected[order])
     torch.testing.assert_close(reading.states["3"], maps[order])
     assert reading.labels == (order % 10).tolist()
-    assert reading.inputs is not None
-    assert torch.equal(reading.inputs, IMAGES.flatten(1)[order])
     assert first.attention is None
     assert not reading.are_tokens
 
@@ -356,3 +359,189 @@ def test_layers_are_blocks_evenly_spaced_or_the_parts_before_the_head() -> None:
     assert layers_of(inner, ["stages.*", "fc"]) == ["stages.0", "stages.1", "fc"]
     with pytest.raises(ValueError, match=r"expected layers to name modules .*, got 'stage'"):
         layers_of(inner, ["stage"])
+
+
+def states_of(model: nn.Module, call: Call, columns: int = 1, **wanted: Any) -> Any:
+    found = kept(model, call, columns, **wanted)
+    return found, seen(found).states
+
+
+def test_padding_changes_nothing_of_a_classifier() -> None:
+    model = bert("sdpa")
+    more = torch.zeros(4, 30, dtype=torch.long)
+    mask = torch.ones_like(IDS)
+    short = {"input_ids": IDS, "attention_mask": mask}
+    long = {"input_ids": torch.cat([IDS, more], 1), "attention_mask": torch.cat([mask, more], 1)}
+    _, first = states_of(model, Call(module=model, kwargs=short))
+    _, second = states_of(model, Call(module=model, kwargs=long))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_written_over_later_is_read_before() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
+    x = torch.randn(9, 6)
+    found, states = states_of(model, Call(module=model, args=(x,)), layers=["0"])
+    torch.testing.assert_close(states["0"], model[0](x)[found._parts[0].row].detach())
+
+
+class Last(nn.Module):
+    """Features last, as Swin has them, or put back to the front, as ConvNeXt does."""
+
+    def __init__(self, *, back: bool) -> None:
+        super().__init__()
+        self.mix, self.head, self.back = nn.Linear(6, 6), nn.Linear(6, 2), back
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mix(x.movedim(1, -1))
+        return h.movedim(-1, 1) if self.back else h
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_features_are_found_whichever_axis_they_are_on(back: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Last(back=back), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x)
+            return self.head(h.mean((2, 3)) if back else h.mean((1, 2)))
+
+    model, x = Model(), torch.randn(9, 6, 4, 5)
+    found, states = states_of(model, Call(module=model, args=(x,)), layers=["body"])
+    expected = model.body.mix(x.movedim(1, -1)).mean((1, 2)).detach()
+    torch.testing.assert_close(states["body"], expected[found._parts[0].row])
+
+
+def test_a_convolution_over_a_series_is_averaged_over_time() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(9, 3, 8)
+    found, states = states_of(model, Call(module=model, args=(x,)), layers=["1"])
+    torch.testing.assert_close(states["1"], model[:2](x).mean(2)[found._parts[0].row].detach())
+
+
+def test_a_convolution_over_tokens_has_states_at_positions() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.conv = nn.Embedding(40, 16), nn.Conv1d(16, 16, 3, padding=1)
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.conv(self.embed(ids).mT).mT)
+
+    model = Model()
+    found, states = states_of(model, Call(module=model, args=(IDS,)), 17, layers=["conv"])
+    part = found._parts[0]
+    expected = model.conv(model.embed(IDS).mT).mT[part.row, part.column].detach()
+    torch.testing.assert_close(states["conv"], expected)
+
+
+def test_as_many_rows_as_positions_are_told_apart_by_the_layer() -> None:
+    model = Encoder(batch_first=False)
+    x = torch.randn(9, 9, 32)
+    found, states = states_of(model, Call(module=model, args=(x,)), layers=["encoder.layers.0"])
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    hidden = model.encoder.layers[0](x.movedim(0, 1)).mean(0).detach()
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(states["encoder.layers.0"], hidden[found._parts[0].row])
+
+
+def test_labels_stay_beside_their_rows_where_only_some_are_kept() -> None:
+    model = convolutional()
+    found, states = states_of(model, Call(module=model, args=(IMAGES,)), rows=11, layers=["9"])
+    reading = found.reading(found.tensors(Seen(states, None)))
+    model.eval()
+    with torch.no_grad():
+        every = model[:10](IMAGES)
+    for state, label in zip(reading.states["9"], reading.labels or (), strict=True):
+        at = int((every - state).abs().sum(1).argmin())
+        torch.testing.assert_close(every[at], state)
+        assert at % 10 == label
+
+
+class Communicates(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.head, self.what = nn.Linear(3, 3), nn.Linear(3, 2), what
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(1.0)
+        if self.what == "ranks":
+            torch.distributed.all_reduce(torch.ones(1))
+        if self.what == "weights":
+            with torch.no_grad():
+                self.head.weight.mul_(0.9)
+        return self.head(self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("ranks", "communicates with other ranks"), ("weights", "to its weights")]
+)
+def test_a_forward_that_does_more_is_stopped_before_it_does(what: str, message: str) -> None:
+    model = Communicates(what)
+    found = kept(model, Call(module=model, args=(torch.randn(9, 3),)))
+    before = model.head.weight.detach().clone()
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:29614"
+    )
+    try:
+        with pytest.raises(RuntimeError, match=message):
+            seen(found)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(model.head.weight, before)
+    assert model.seen == []
+
+
+def test_what_a_forward_gathers_is_left_as_it_was() -> None:
+    model = Communicates("nothing")
+    model.seen = [3.0]
+    gathered = model.seen
+    assert seen(kept(model, Call(module=model, args=(torch.randn(9, 3),)))).states
+    assert model.seen is gathered
+    assert model.seen == [3.0]
+
+
+def test_half_weights_take_single_inputs_as_their_training_does() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).bfloat16()
+    _, states = states_of(model, Call(module=model, args=(torch.randn(9, 3),)))
+    assert states["1"].dtype == torch.float32
+
+
+def test_a_shared_argument_is_kept_as_it_was() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.head(self.first(x) * scale)
+
+    model, scale = Scaled(), torch.ones(())
+    found = kept(model, Call(module=model, args=(torch.randn(9, 3), scale)), layers=["head"])
+    first = seen(found).states["head"]
+    scale.mul_(5.0)
+    torch.testing.assert_close(seen(found).states["head"], first)
+
+
+def test_a_text_without_labels_is_read_at_every_position_that_is_no_padding() -> None:
+    model = llama("sdpa")
+    wanted = ProbeSet(inputs={"input_ids": IDS, "attention_mask": MASK})
+    found = Insides(model, wanted)
+    assert found.keep(wanted.batch(model), torch.Generator().manual_seed(0))
+    reading = found.reading(found.tensors(seen(found)))
+    assert reading.labels is None
+    assert reading.are_tokens
+    assert len(reading.states["model.layers.5"]) == int(MASK.sum())
+
+
+def test_labels_of_another_length_are_refused() -> None:
+    wanted = ProbeSet(inputs=IMAGES, labels=torch.zeros(40, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match=r"expected labels \[20\] or \[20, T\], .*got shape \(40,\)"
+    ):
+        wanted.batch(convolutional())

@@ -144,12 +144,40 @@ def test_the_entropy_of_gaussian_rows_grows_with_their_number_as_published() -> 
     assert found == pytest.approx([3.35, 3.59, 3.72], abs=0.05)
 
 
-def test_the_median_is_that_of_all_pairs() -> None:
+def test_the_median_is_that_of_all_pairs_where_they_differ() -> None:
     for rows in (2, 3, 9, 12):
         states = cloud(rows)
         lengths = sorted(float((a - b).double().norm()) for a, b in combinations(states, 2))
         found = median_bandwidth(states, squared_distances(states), 1.5)
         assert float(found) == pytest.approx(1.5 * lengths[(len(lengths) - 1) // 2], rel=1e-6)
+
+
+def test_pairs_that_coincide_have_no_part_in_the_median() -> None:
+    states = cloud(30) + 5
+    states[:25] = states[0]
+    lengths = [float((a - b).double().norm()) for a, b in combinations(states, 2)]
+    apart = sorted(length for length in lengths if length > 0)
+    found = median_bandwidth(states, squared_distances(states))
+    assert float(found) == pytest.approx(apart[(len(apart) - 1) // 2], rel=1e-6)
+    alike = torch.full((9, 4), 3.0)
+    assert float(median_bandwidth(alike, squared_distances(alike))) == pytest.approx(6e-6)
+
+
+def test_a_growing_collapse_lowers_the_entropy_step_by_step() -> None:
+    def collapsed(share: float, states: torch.Tensor) -> float:
+        found = states.clone()
+        found[: int(share * len(states))] = states[0]
+        return float(diffusion_spectral_entropy(found))
+
+    apart = 1 + 1e-3 * cloud(512, 64)
+    at = [collapsed(share, apart) for share in (0.69, 0.7, 0.71, 0.72)]
+    assert max(at) - min(at) < 0.2
+    layer = cloud(512, 64).relu()
+    layer[0] = 0
+    at = [collapsed(share, layer) for share in (0.0, 0.42, 0.76, 0.93)]
+    assert at == sorted(at, reverse=True)
+    assert at[2] < 2
+    assert at[3] < 1
 
 
 def test_near_duplicates_far_from_the_origin_keep_their_distance() -> None:
@@ -342,11 +370,22 @@ def test_an_estimate_is_within_its_error_of_all_points(alpha: float) -> None:
     assert abs(np.mean(far)) < 1.2
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_of_a_state_that_is_not_finite_there_is_no_estimate(bad: float) -> None:
+    states = cloud()
+    for broken, bandwidth in ((states.clone(), 2.0), (states, bad)):
+        if broken is not states:
+            broken[3, 2] = bad
+        generator = torch.Generator().manual_seed(0)
+        found = estimated_diffusion_entropy(broken, bandwidth=bandwidth, generator=generator)
+        assert torch.stack(found).isnan().all()
+
+
 def test_rows_of_affinities_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def estimate() -> float:
         generator = torch.Generator().manual_seed(0)
         return float(estimated_diffusion_entropy(cloud(), bandwidth=2.0, generator=generator)[0])
 
     whole = estimate()
-    monkeypatch.setattr("entropylens.diagnostics._diffusion._ROWS", 7)
+    monkeypatch.setattr("entropylens.diagnostics._diffusion_estimate._ROWS", 7)
     assert estimate() == pytest.approx(whole, abs=1e-9)

@@ -48,7 +48,9 @@ def test_each_number_is_that_of_its_function() -> None:
             "neighbours": health.neighbours,
             "self_share": health.self_share,
             "dse_is_saturated": health.is_saturated,
+            "dse_is_condensed": health.is_condensed,
             "dse_released_is_saturated": released.is_saturated,
+            "dse_released_is_too_wide": released.is_too_wide,
         }
         for metric, labels in (
             ("dsmi_labels", reading.labels),
@@ -63,7 +65,8 @@ def test_each_number_is_that_of_its_function() -> None:
         assert found[name] == pytest.approx(
             {key: float(value) for key, value in expected.items()}, rel=1e-5, abs=1e-6
         )
-    assert {f"representation/{name}" for name in found["layers.1"]} == set(METRICS)
+    written = {f"representation/{name}" for name in found["layers.1"]}
+    assert written == set(METRICS) - {"representation/dse_standard_error"}
 
 
 def test_a_layer_that_parts_the_classes_tells_more_of_them() -> None:
@@ -102,6 +105,38 @@ def test_a_layer_that_is_not_finite_is_absent_and_the_others_are_not(bad: float)
 def test_labels_that_are_mostly_alone_leave_their_information_out() -> None:
     found = measured(replace(readings.representation(), labels=list(range(60))))
     assert all("dsmi_labels" not in layer and "dsmi_input" in layer for layer in found.values())
+
+
+@pytest.mark.parametrize("labels", [[0] * 60, []])
+def test_one_class_alone_has_nothing_to_tell(labels: list[int]) -> None:
+    reading = replace(readings.representation(), labels=labels, input_clusters=labels)
+    assert all(
+        not {"dsmi_labels", "dsmi_input"} & set(layer) for layer in measured(reading).values()
+    )
+
+
+def test_flags_are_up_where_the_bandwidth_shows_only_itself() -> None:
+    many = readings.representation().states["layers.0"]
+    for states, flags in ((many[:4], (1, 1)), (many, (0, 1)), (9 * many, (0, 0))):
+        found = measured(RepresentationReading(states={"a": states}))["a"]
+        assert (found["dse_is_condensed"], found["dse_released_is_too_wide"]) == flags
+
+
+def test_of_many_rows_the_entropy_is_estimated_and_nothing_else_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading = readings.representation(rows=200)
+    exact = measured(reading)
+    monkeypatch.setattr("entropylens.diagnostics.diffusion_entropy._MOST", 150)
+    for name, found in measured(reading).items():
+        assert set(found) == {"dse", "dse_standard_error", "bandwidth"}
+        assert found["bandwidth"] == pytest.approx(exact[name]["bandwidth"], rel=0.05)
+        assert 0 < found["dse_standard_error"] < 0.02
+        states = reading.states[name]
+        dse = float(diffusion_spectral_entropy(states, bandwidth=found["bandwidth"]))
+        assert found["dse"] == pytest.approx(dse, abs=4 * found["dse_standard_error"])
+    broken = {**reading.states, "layers.0": reading.states["layers.0"] * torch.nan}
+    assert list(measured(replace(reading, states=broken))) == ["layers.1"]
 
 
 def test_too_few_rows_have_no_scale() -> None:

@@ -9,6 +9,7 @@ from scipy.integrate import quad
 from entropylens.diagnostics import _spectra
 from entropylens.diagnostics._spectra import (
     Summary,
+    effective_shape,
     gram_matrix,
     marchenko_pastur,
     null_entropy_deficit,
@@ -195,6 +196,12 @@ def test_a_matrix_of_lower_rank_has_a_floor_and_no_volume() -> None:
     assert 1e6 < exactly.kappa_floor < torch.inf
 
 
+def test_no_deficit_is_zero_and_not_minus_zero() -> None:
+    deficit = summary(torch.eye(4)).entropy_deficit
+    assert deficit == 0
+    assert not deficit.signbit()
+
+
 def test_of_zeros_no_ratio_is_known() -> None:
     found = summary(torch.zeros(4, 6), torch.float32)
     assert found.sigma_max == 0
@@ -336,6 +343,55 @@ def test_the_distance_is_kolmogorovs(scale: float) -> None:
     assert found.distance.item() == pytest.approx(max(gaps))
 
 
+def law_of(matrix: torch.Tensor) -> _spectra.MarchenkoPastur:
+    return marchenko_pastur(singular_values(matrix), effective_shape(matrix), matrix.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_and_columns_of_zeros_are_no_part_of_the_law(dtype: torch.dtype) -> None:
+    rows, columns = random(40, 256, 1024), random(41, 512, 512)
+    rows[::2] = 0
+    columns[:, :112] = 0
+    for matrix, kept in ((rows, rows[1::2]), (columns, columns[:, 112:])):
+        found, expected = law_of(matrix.to(dtype)), law_of(kept.to(dtype))
+        assert found.outliers == expected.outliers == 0
+        assert found.variance.item() == pytest.approx(expected.variance.item(), rel=1e-5)
+        assert found.distance.item() == pytest.approx(expected.distance.item(), abs=1e-5)
+        assert found.variance.item() == pytest.approx(1, rel=0.01)
+        assert found.distance < 0.03
+
+
+def test_the_effective_shape_is_without_rows_and_columns_of_zeros() -> None:
+    matrix = random(42, 9, 12)
+    matrix[2:5] = 0
+    matrix[:, 7] = 0
+    matrix[6, 3] = torch.nan
+    assert [int(side) for side in effective_shape(matrix)] == [6, 11]
+    assert [int(side) for side in effective_shape(torch.zeros(3, 4))] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_rounding_alone_makes_follows_no_law(dtype: torch.dtype) -> None:
+    for rank in (4, 100):
+        product = random(43, 256, rank).float() @ random(44, rank, 256).float()
+        if dtype == torch.float64:
+            product = random(43, 256, rank) @ random(44, rank, 256)
+        found = law_of(product.to(dtype))
+        assert found.variance.isnan()
+        assert found.distance.isnan()
+        assert found.outliers.isnan()
+    noise = 0.5 * random(45, 256, 256)
+    planted = law_of((noise + random(43, 256, 4) @ random(44, 4, 256)).to(dtype))
+    assert planted.outliers == 4
+    assert planted.variance.item() == pytest.approx(0.25, rel=0.02)
+
+
+def test_a_law_needs_eight_eigenvalues() -> None:
+    assert law_of(random(46, 7, 20)).outliers.isnan()
+    assert law_of(random(46, 8, 20)).outliers == 0
+    assert law_of(torch.zeros(20, 20)).distance.isnan()
+
+
 def test_a_hundredth_of_random_matrices_has_an_outlier() -> None:
     outliers = [
         marchenko_pastur(singular_values(random(seed, 30, 60)), (30, 60)).outliers.item() > 0
@@ -392,6 +448,35 @@ def test_autocast_does_not_reach_power_iteration() -> None:
     outside = power_iteration(matrix, start, 5)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(power_iteration(matrix, start, 5)[0], outside)
+
+
+@pytest.mark.parametrize("width", [2, 4, 6, 10, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_guess_without_an_image_is_left(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_spectra, "_BLOCK", 2 * width)
+    start = start_vector(width, "cpu")
+    assert start.sum() == 0
+    matrix = torch.full((5, width), 0.25, dtype=dtype)
+    matrix[3] = 0.5
+    largest = 0.25 * sqrt(8 * width)
+    once, vector = power_iteration(matrix, start, 1)
+    assert 0.25 * sqrt(width) * (1 - 1e-5) <= once <= largest
+    for steps, guess in ((1, vector), (2, start), (5, start)):
+        found = power_iteration(matrix, guess, steps)[0]
+        assert found.item() == pytest.approx(largest, rel=1e-5)
+        assert found <= largest
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-22, 1e-37])
+def test_the_size_of_entries_does_not_overflow(scale: float) -> None:
+    matrix = random(47, 30, 40).float()
+    start = start_vector(40, "cpu")
+    one, direction = power_iteration(matrix, start, 8)
+    other, same = power_iteration(scale * matrix, start, 8)
+    assert other.item() / scale == pytest.approx(one.item(), rel=1e-5)
+    torch.testing.assert_close(same, direction)
 
 
 def test_a_matrix_without_a_norm_leaves_the_guess_as_it_was() -> None:

@@ -100,3 +100,9 @@ def test_an_unknown_entry_leaves_the_matrix_out_and_its_direction_alone() -> Non
 
 def test_no_matrices_write_nothing() -> None:
     assert looked({}, {}) == ({}, {})
+
+
+def test_a_constant_matrix_has_its_norm_at_the_first_look() -> None:
+    for width in (2, 4, 20):
+        found, _ = looked({"w": torch.full((5, width), 0.5)}, {})
+        assert found["w"] == pytest.approx(0.5 * np.sqrt(5 * width), rel=1e-5)

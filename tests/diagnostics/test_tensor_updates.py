@@ -1,4 +1,5 @@
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from entropylens.diagnostics import _tensor_norms
 from entropylens.diagnostics._layers import layer_of
 from entropylens.diagnostics._tensor_norms import (
     limit_shares,
+    sizes_of,
     staleness,
     tensor_norms,
     update_norms,
@@ -193,6 +195,77 @@ def test_sharded_empty_and_integer_tensors_are_left_out() -> None:
     assert {module for _, module in found} == {"whole"}
 
 
+def on_two_devices(of: UpdateReading, away: Collection[str]) -> UpdateReading:
+    """The same with some tensors on another device: meta, which has no values and cannot wait."""
+
+    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: v.to("meta") if n in away and v.ndim else v for n, v in values.items()}
+
+    return replace(
+        of,
+        before=moved(of.before),
+        after=moved(of.after),
+        gradients=moved(of.gradients),
+        second_moments=moved(of.second_moments),
+    )
+
+
+def test_tensors_of_each_device_are_measured_there_and_a_layer_of_two_has_no_norm() -> None:
+    whole = reading(optimizer="adam")
+    away = ["layers.1.attention.weight", "layers.0.norm.weight"]
+    blocks, _ = TensorUpdates().measure(on_two_devices(whole, away), None)
+    by_device = {block.columns["value"].device.type: block.columns for block in blocks}
+    assert len(blocks) == 2
+    assert by_device.keys() == {"cpu", "meta"}
+    here = by_device["cpu"]
+    keys = list(zip(here["name"], here["module"], strict=True))
+    wanted = measured(whole)
+    assert dict(zip(keys, here["value"].tolist(), strict=True)) == pytest.approx(
+        {key: wanted[key] for key in keys}
+    )
+    told = {
+        kind: {
+            (name, module) for name, module in zip(columns["name"], columns["module"], strict=True)
+        }
+        for kind, columns in by_device.items()
+    }
+    assert not told["cpu"] & told["meta"]
+    left_out = {key for key in wanted if key[1] == "adam/layers.0"}
+    assert told["cpu"] | told["meta"] == wanted.keys() - left_out
+    assert {module for _, module in told["meta"]} == {*away, "adam/layers.1"}
+
+
+def test_a_second_moment_on_another_device_is_left_out() -> None:
+    far = reading()
+    moments = {n: v.to("meta") if n == "scale" else v for n, v in far.second_moments.items()}
+    moments["head.weight"] = moments["head.weight"].to("meta")
+    found = measured(replace(far, second_moments=moments))
+    stale = {module for name, module in found if name == "tensor/staleness"}
+    assert stale == SHAPES.keys() - {"scale", "head.weight"}
+
+
+def test_a_sparse_gradient_is_left_out_and_its_update_is_not() -> None:
+    table, head = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)
+    head(table(torch.tensor([1, 3]))).sum().backward()
+    named = {"table.weight": table.weight, "head.weight": head.weight}
+    before = {name: value.detach().clone() for name, value in named.items()}
+    for optimizer in (torch.optim.SGD([head.weight]), torch.optim.SGD([table.weight])):
+        optimizer.step()
+    after = {name: value.detach() for name, value in named.items()}
+    gradients = {name: value.grad for name, value in named.items() if value.grad is not None}
+    assert gradients["table.weight"].is_sparse
+    found = measured(UpdateReading(before=before, after=after, gradients=gradients))
+    told = {name for name, module in found if module == "table.weight"}
+    assert told == {"tensor/update_rms", "tensor/update_to_weight"}
+    assert ("layer/gradient_norm", "table") not in found
+    assert ("layer/update_to_weight", "table") in found
+    assert ("tensor/gradient_norm", "head.weight") in found
+    only = {"table.weight": gradients["table.weight"]}
+    assert measured(UpdateReading(before=before, after=after, gradients=only)).keys() == {
+        key for key in found if "update_" in key[0] and "zero" not in key[0]
+    }
+
+
 def trained(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, gradient: torch.Tensor
 ) -> UpdateReading:
@@ -276,6 +349,10 @@ def test_no_limit_is_seen_in_gradients_that_are_zero_or_of_one_element() -> None
         limit_shares([torch.zeros(5), torch.tensor([3.0]), torch.tensor(-2.0)]).tolist() == [0] * 3
     )
     assert limit_shares([torch.tensor([torch.inf, torch.inf])]).isnan().all()
+
+
+def test_sizes_are_counts_of_elements() -> None:
+    assert sizes_of([torch.ones(2, 3), torch.tensor(1.0), torch.ones(0)]).tolist() == [6, 1, 0]
 
 
 def test_norms_of_small_and_many_elements_keep_their_digits() -> None:

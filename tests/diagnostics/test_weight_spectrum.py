@@ -113,10 +113,13 @@ def test_a_kappa_that_storage_hides_is_written_as_a_floor() -> None:
     matrix = (left * values) @ right
     known = measured(reading(matrix, stored=torch.float64))
     assert known["kappa"] == pytest.approx(1e6, rel=1e-6)
-    assert "kappa_floor" not in known
+    assert not {"kappa_floor", "kappa_floor_to_null"} & set(known)
     hidden = measured(reading(matrix.bfloat16(), stored=torch.bfloat16))
     assert 100 < hidden["kappa_floor"] < 1e6
     assert hidden["kappa_max"] == hidden["kappa_floor"]
+    assert hidden["kappa_floor_to_null"] == pytest.approx(
+        hidden["kappa_floor"] / null_kappa(40, 40)
+    )
     assert not {"kappa", "kappa_to_null", "sigma_min"} & set(hidden)
     assert hidden["sigma_max"] == pytest.approx(1, abs=0.01)
 
@@ -129,8 +132,7 @@ def test_a_product_of_thin_factors_has_no_volume() -> None:
         "sigma_max",
         "stable_rank",
         "effective_rank",
-        "outliers",
-        "marchenko_pastur_distance",
+        "kappa_floor_to_null",
     }
     assert found["effective_rank"] == pytest.approx(3, abs=0.2)
 
@@ -159,7 +161,7 @@ def test_a_matrix_with_an_unknown_entry_writes_nothing_of_its_own() -> None:
 
 
 def test_of_zeros_only_the_size_is_written() -> None:
-    assert measured(reading(torch.zeros(4, 6))) == {"sigma_max": 0, "outliers": 0}
+    assert measured(reading(torch.zeros(4, 6))) == {"sigma_max": 0}
 
 
 def test_the_singular_values_are_written_as_one_row() -> None:
@@ -199,3 +201,34 @@ def test_a_product_of_thin_factors_has_the_spectrum_of_its_rank_and_no_null() ->
     assert not found.keys() & (absent | {"kappa_max"})
     _, state = WeightSpectrum().measure(one, {"w": torch.tensor(7.0)})
     assert list(state) == ["w"]
+
+
+def test_a_rank_that_is_no_less_than_the_shape_is_none() -> None:
+    matrix = random(0, 20, 30)
+    for rank in (20, 25):
+        one = WeightReading(name="w", matrix=matrix, stored=torch.float32, rank=rank)
+        assert measured(one) == measured(reading(matrix))
+        assert list(WeightSpectrum().measure(one, {})[1]) == ["w"]
+    below = WeightReading(name="w", matrix=matrix, stored=torch.float32, rank=19)
+    assert "kappa_to_null" not in measured(below)
+
+
+def test_a_thin_product_whose_kappa_is_hidden_is_not_compared_with_chance() -> None:
+    matrix = random(0, 20, 3) @ random(1, 3, 30)
+    matrix[:, 0] = 1e-9
+    one = WeightReading(name="w.lora", matrix=matrix, stored=torch.bfloat16, rank=8)
+    found = measured(one)
+    assert "kappa_floor" in found
+    assert "kappa_floor_to_null" not in found
+
+
+def test_dead_inputs_make_no_outliers() -> None:
+    matrix = random(3, 128, 128)
+    matrix[:, :28] = 0
+    found = measured(reading(matrix))
+    assert found["outliers"] == 0
+    assert found["marchenko_pastur_distance"] < 0.04
+    thin = (random(4, 128, 4) @ random(5, 4, 128)).bfloat16()
+    assert not {"outliers", "marchenko_pastur_distance"} & set(
+        measured(reading(thin, stored=torch.bfloat16))
+    )

@@ -122,6 +122,7 @@ def test_every_layer_is_measured_as_the_diagnostics_measure_it() -> None:
     drawn = torch.Generator().manual_seed(0)
     states = {name: torch.randn(40, 24, generator=drawn) for name in ("one", "two")}
     found = {(m.layer, m.name): m.value for m in measuring.measure(states, torch.arange(40) % 4)}
+    assert {layer for layer, _ in found} == {"one", "two"}
     for name, state in states.items():
         for key, alpha in (("dse", 0.0), ("dse_half", 0.5), ("dse_one", 1.0)):
             entropy = diffusion_spectral_entropy(state, alpha=alpha)

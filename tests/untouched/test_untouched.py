@@ -24,6 +24,11 @@ WATCHES: dict[str, dict[str, Any]] = {
     # Steps in which nothing is due, as a thinned run has them.
     "sparse": {"preset": "fast", "diagnostics": {"training_vitals": 5}},
 }
+INSIDE = ("weight", "representation", "attention")
+WATCHES["full"] |= {
+    "probe_set": el.ProbeSet(rows=8),
+    "diagnostics": {n: 1 for n, found in el.all_diagnostics().items() if found.reads in INSIDE},
+}
 
 
 @cache
@@ -45,6 +50,11 @@ def test_a_training_is_untouched(adapter: str, mode: str, tmp_path: Path) -> Non
         steps = set(run.metrics("loss/mean").to_arrow()["step"].to_pylist())
         # Lightning ends an epoch with what has been accumulated so far.
         extra = (adapter, mode) == ("lightning", "accumulation")
+        if name == "full":
+            told = " ".join(row["message"] for row in run.events().to_arrow().to_pylist())
+            is_seen = run.metrics("representation/norm").to_arrow().num_rows > 0
+            assert is_seen or "no representation" in told or "no token statistics" in told
+            assert run.metrics("conditioning/sigma_max").to_arrow().num_rows
         if name != "sparse":
             assert steps == set(range(1, STEPS + 1 + extra))
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from untouched import in_lightning, in_transformers, tiny  # noqa: F401 - they register trainings
+from untouched.test_untouched import WATCHES
 from untouched.trainings import STEPS, TRAININGS
 from untouched.waits import watched_for_waits
 
@@ -21,7 +22,7 @@ CELLS = [cell for cell in sorted(TRAININGS) if "compiled" not in cell[1]]
 @pytest.mark.parametrize(("adapter", "mode"), CELLS, ids=[": ".join(cell) for cell in CELLS])
 def test_no_step_waits_for_the_device(adapter: str, mode: str, tmp_path: Path) -> None:
     with watched_for_waits() as waits:
-        TRAININGS[adapter, mode]({"preset": "full", "max_overhead": None}, tmp_path)
+        TRAININGS[adapter, mode]({**WATCHES["full"], "max_overhead": None}, tmp_path)
     assert waits.found == []
     assert waits.theirs > 0
 

@@ -29,8 +29,8 @@ ALLOWED = {
     # Steps that torch's optimisers count on the host; what they count on a device stays there.
     ("optimizer.py", "_bias_corrections"),
 }
-PASSED_ON = ("attention.py", "__torch_dispatch__")
-"""Carries out what the model asks for."""
+PASSED_ON = {("attention.py", "__torch_dispatch__"), ("contexts.py", "__torch_dispatch__")}
+"""Carry out what the model asks for."""
 ON_HOST = ("session.py", "decompose")
 """Works on copies that have been brought to the host, in another thread where they had to be."""
 _METHODS = ("cpu", "to", "numpy", "tolist", "item", "__array__", "__bool__", "__float__", "__int__")
@@ -69,7 +69,7 @@ class Waits(TorchDispatchMode):
         frame: Any = sys._getframe(1)
         while frame is not None:
             path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-            if (path.name, function) == PASSED_ON:
+            if (path.name, function) in PASSED_ON:
                 frame = frame.f_back
                 continue
             if any(folder in path.parents for folder in OURS):
