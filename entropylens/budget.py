@@ -78,6 +78,11 @@ class Budget:
         """Count time that the training thread (or the device) spent on us."""
         self._spent += seconds
 
+    def repay(self, seconds: float) -> None:
+        """Count time that an earlier step took: it is no cost of the one in which it is paid."""
+        self._spent += seconds
+        self._step_began += seconds
+
     def pause(self, seconds: float) -> None:
         """Leave out wall time in which no training step ran."""
         self.paused += seconds

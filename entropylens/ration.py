@@ -52,7 +52,7 @@ class Ration:
             return
         now = self._now()
         earned = self._rate * (now - self._paid_at)
-        self._budget.spend(max(min(self._owed, earned), 0.0))
+        self._budget.repay(max(min(self._owed, earned), 0.0))
         self._owed, self._paid_at = max(self._owed - earned, -SAVED_SECONDS), now
 
     def _now(self) -> float:

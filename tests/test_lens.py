@@ -529,7 +529,8 @@ def test_an_output_that_raises_when_looked_at_does_not_reach_the_loop(tmp_path: 
     with el.Lens(model, run_dir=tmp_path / "run") as lens:
         model(torch.zeros(1, 2))
         lens.step(1.0)
-    assert sum(el.open_run(tmp_path / "run").status()[0].faults.values()) == 1
+    faults = el.open_run(tmp_path / "run").status()[0].faults
+    assert faults == {"forward hook: RuntimeError": 1, "inputs hook: RuntimeError": 1}
 
 
 def test_a_lens_that_cannot_be_attached_frees_its_directory(tmp_path: Path) -> None:

@@ -87,3 +87,20 @@ def test_the_total_of_pauses_only_grows_and_no_review_forgets_it(clock: Clock) -
         for _ in range(20):
             step(budget, ration, clock)
     assert budget.paused == 30.0
+
+
+def test_paying_is_no_cost_of_the_vitals_of_the_steps_in_which_it_is_done(clock: Clock) -> None:
+    budget = Budget(0.04, None)
+    rations = [Ration(budget, share) for share in (0.25, 0.125, 0.125)]
+    for ration in rations:
+        ration.owe(1000.0)
+    for number in range(100):
+        clock.now += 0.3
+        for ration in rations:
+            ration.pay()
+        is_full = number % 10 == 0
+        budget.spend(0.3 * (0.019 + 0.03 * is_full))
+        budget.end_step(0.0, 64, vitals=True, others=is_full)
+    # Above 4 %, but vitals take less than half of it.
+    assert budget.widening > 1
+    assert budget.vitals_widening == 1
