@@ -37,7 +37,7 @@ def row_entropies(maps: Tensor, rows: Tensor) -> Tensor:
 class AttentionEntropyRegulariser(nn.Module):
     """Penalty on heads whose entropy is far from a threshold that each of them learns.
 
-    Algorithm 1 of arXiv 2501.03489: of a sequence of T tokens, layer l and head h
+    Algorithm 1 of arXiv 2501.03489: of a sequence of T tokens, layer l and head h::
 
         E = mean over positions of H_i                        H_i = -sum_j a_ij log a_ij
         deviation = E - threshold[l, h] log T
@@ -76,8 +76,10 @@ class AttentionEntropyRegulariser(nn.Module):
         ValueError: ``normalise`` is none of the two, or ``layers`` or ``heads`` is below 1.
 
     Device: that of the maps, which may differ by layer; no host synchronisation.
+
     Cost: O(layers B H T^2) time and memory, kept for the backward pass. The maps have to be there,
-        so that fused attention is not possible.
+    so that fused attention is not possible.
+
     Source: Jha & Reagen (2025), Entropy-guided attention, arXiv 2501.03489, Algorithm 1.
 
     Example:

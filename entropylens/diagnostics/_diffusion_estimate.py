@@ -47,8 +47,9 @@ def estimated_diffusion_entropy(
     Unit: bits.
     Device: the input's; no host synchronisation but in eigensolvers of ``[steps, steps]``.
     Cost: O(steps * N^2 (D + probes)) time, O(N (D + steps * probes)) memory.
+
     Source: Ubaru, Chen and Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos
-        quadrature.
+    quadrature.
     """
     points = states.to(wide_dtype(states))
     is_finite = points.isfinite().all() & (points.new_ones(()) * bandwidth).isfinite()
