@@ -47,7 +47,7 @@ THREADS = 2
 PRESETS = ("fast", "balanced")
 LIMIT = {"fast": 0.01, "balanced": 0.03}
 KEPT = Path("out/overhead")
-PLAIN = ("tokens", "gradients", "update", "step")
+PLAIN = ("tokens", "gradients", "update", "step", "matrices")
 """Readings of a plain training; that of updates keeps to a share of time and not to a floor."""
 IDLE = 0.93
 """Share of all cores' time that must be idle for the machine to count as such."""

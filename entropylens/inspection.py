@@ -22,6 +22,10 @@ SHARE: Final = 1 / 8
 _NO_LAYER: Final = (
     "no representation/*: no layer stands before the head; name some (ProbeSet(layers=...))"
 )
+_LONE: Final = (
+    "no representation/dsmi_labels: {} classes have one row in the probe set, whose spread cannot "
+    "be compared with others', as with labels that are tokens"
+)
 _MOST_FAILURES: Final = 3
 """Times that memory may not have been enough."""
 
@@ -43,6 +47,7 @@ class Inspection:
         self._insides: Insides | None = None
         self._has_attention = True
         self._failures = 0
+        self._has_told_of_classes = False
 
     def ask(self, model: nn.Module, number: int, generator: torch.Generator) -> list[str]:
         """Inspect this model, from step ``number`` on, if it is one that can be inspected.
@@ -155,6 +160,9 @@ class Inspection:
         if seen.states:
             tensors = insides.tensors(seen)
             session.decompose("representation", tensors, insides.reading, stamp, self.ration.owe)
+            if insides.lone_classes and not self._has_told_of_classes:
+                self._has_told_of_classes = True
+                self._say(_LONE.format(insides.lone_classes), stamp.step)
         if attention is not None:
             session.measure("attention", lambda: attention)
 

@@ -261,3 +261,17 @@ def test_inputs_whose_rows_cannot_be_kept_are_named_once(
         "kept: IndexError: out of range"
     ]
     assert run.status()[0].faults == {}
+
+
+def test_classes_of_one_row_are_why_nothing_is_told_of_labels(tmp_path: Path) -> None:
+    model, data = network(), Data()
+    labels = torch.arange(30) // 2
+    labels[9] = 20
+    labels[8] = 5
+    wanted = el.ProbeSet(inputs=data.x[:30], labels=labels)
+    run = trained(tmp_path / "run", model, 3, probe_set=wanted)
+    assert not values(run, "representation/dsmi_labels")
+    assert [one for one in told(run) if "dsmi" in one] == [
+        "no representation/dsmi_labels: 1 classes have one row in the probe set, whose spread "
+        "cannot be compared with others', as with labels that are tokens"
+    ]

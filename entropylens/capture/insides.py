@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -153,6 +154,12 @@ class Insides:
     def is_complete(self) -> bool:
         """Whether there are as many rows as are wanted."""
         return self.rows >= self._wanted.rows or len(self._parts) >= _MOST_BATCHES
+
+    @property
+    def lone_classes(self) -> int:
+        """Classes of which there is one row, once that is known: they have no spread to compare."""
+        labels = None if self._once is None else self._once.labels
+        return 0 if labels is None else sum(n == 1 for n in Counter(labels).values())
 
     def keep(self, batch: Batch, generator: torch.Generator) -> bool:
         """Keep rows of a batch until there are enough.

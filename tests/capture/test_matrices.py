@@ -1,6 +1,7 @@
 import gc
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,12 +87,12 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
     }
 
 
-def test_a_sharded_parameter_is_refused() -> None:
+def test_a_sharded_parameter_is_refused(tmp_path: Path) -> None:
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:29613")
+    init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/ranks")
     try:
         mesh = init_device_mesh("cpu", (1,))
         model = nn.Linear(4, 4)
