@@ -303,6 +303,8 @@ class WeightReading:
     """Precision of what is stored, which may be less than the matrix's: what rounding it has."""
     rank: int | None = None
     """Largest rank by construction, of a LoRA product; None is what the shape allows."""
+    matrices: int = 1
+    """How many are shown in turn, products of thin factors left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,11 @@ class Visits:
 
         def reading(tensors: Any) -> WeightReading:
             return WeightReading(
-                name=matrix.name, matrix=tensors[0], stored=matrix.stored, rank=matrix.rank
+                name=matrix.name,
+                matrix=tensors[0],
+                stored=matrix.stored,
+                rank=matrix.rank,
+                matrices=count,
             )
 
         def took(seconds: float) -> None:
@@ -102,6 +106,8 @@ class Visits:
             self._learn(size, seconds)
 
         size = _size(matrix)
+        whole = [one.name for one in self._matrices if one.rank is None]
+        count = len({*whole} - self._left_out)
         self._session.decompose("weight", [matrix.read()], reading, stamp, took)
         seconds = perf_counter() - began
         self.ration.charge(seconds)

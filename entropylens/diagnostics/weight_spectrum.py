@@ -159,7 +159,8 @@ METRICS: Final[Mapping[str, Metric]] = {
         "largest kappa, or its floor where it is not known, over matrices as each was last seen",
         _UNEVEN,
         "every matrix is well conditioned",
-        estimator=_EXACT + "; values are up to one turn old, and that of a matrix which the model "
+        estimator=_EXACT + "; from the first time that all have been seen; values are up to one "
+        "turn old, and that of a matrix which the model "
         "no longer has stays until the run ends; module is empty",
         ranks="max",
     ),
@@ -267,7 +268,7 @@ class WeightSpectrum(Diagnostic):
                 weight=(weights & is_finite & values.isfinite()).float(),
                 modules=reading.name,
             ),
-            *([_largest(state, singular.device)] if state else []),
+            *([_largest(state, singular.device)] if len(state) >= max(reading.matrices, 1) else []),
             Block(
                 "spectra",
                 {

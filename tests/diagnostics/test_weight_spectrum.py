@@ -232,3 +232,13 @@ def test_dead_inputs_make_no_outliers() -> None:
     assert not {"outliers", "marchenko_pastur_distance"} & set(
         measured(reading(thin, stored=torch.bfloat16))
     )
+
+
+def test_the_worst_of_all_is_told_once_all_were_seen() -> None:
+    state: dict[str, torch.Tensor] = {}
+    told = []
+    for name in ("a", "b", "a"):
+        one = WeightReading(name=name, matrix=random(1, 5, 6), stored=torch.float32, matrices=2)
+        blocks, state = WeightSpectrum().measure(one, state)
+        told.append(("", "conditioning/kappa_max") in metrics(blocks))
+    assert told == [False, True, True]
