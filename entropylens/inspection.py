@@ -17,7 +17,7 @@ from entropylens.transfer import Stamp
 
 __all__ = ["Inspection"]
 
-SHARE: Final = 1 / 8
+SHARE: Final = 1 / 12
 """Of the limit of overhead, that inspections may take."""
 _NO_LAYER: Final = (
     "no representation/*: no layer stands before the head; name some (ProbeSet(layers=...))"

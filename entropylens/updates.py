@@ -19,7 +19,7 @@ from entropylens.session import Session
 
 __all__ = ["Updates"]
 
-SHARE: Final = 1 / 4
+SHARE: Final = 1 / 6
 """Of the limit of overhead, that looking at updates may take."""
 _CANNOT: Final = (
     "no entropy/change and no ghost/*: the model cannot be asked what updates do to it: {}"

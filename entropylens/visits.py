@@ -15,7 +15,7 @@ from entropylens.transfer import Stamp
 
 __all__ = ["Visits"]
 
-SHARE: Final = 1 / 8
+SHARE: Final = 1 / 12
 """Of the limit of overhead, that visits may take."""
 MOST_SECONDS: Final = 0.1
 """In one step, after which no other visit begins: where nothing limits the overhead."""

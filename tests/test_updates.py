@@ -81,8 +81,8 @@ def test_the_next_look_waits_until_the_last_one_is_within_its_share(
 ) -> None:
     session = Session(0.03)
     found, clock, model = looked(monkeypatch, session)
-    # Half a second at a quarter of 3 % takes 66.7 s to pay.
-    clock.now += 66.0
+    # Half a second at a sixth of 3 % takes 100 s to pay.
+    clock.now += 99.0
     found.ration.pay()
     assert not look(found, clock, model, 50, 0.5)
     clock.now += 1.0

@@ -16,8 +16,8 @@ _LATER: Final = 2
 
 @diagnostic(
     reads="matrices",
-    every={"fast": 0, "balanced": 20, "full": 1},
-    floor=200,
+    every={"fast": 0, "balanced": 100, "full": 1},
+    floor=1000,
     metrics={
         "conditioning/spectral_norm": Metric(
             question="At least how much does a matrix stretch what it stretches most?",
