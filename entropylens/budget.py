@@ -151,6 +151,9 @@ class Budget:
             changes = [self._thin_vitals(2 * of_vitals / limit)]
             if changes == [None] or fraction - of_vitals > limit / 2:
                 changes.append(self._thin(max(fraction / limit, 1.01), tokens))
+            if not any(changes):
+                # Everything else is at its floor already.
+                changes.append(self._thin_vitals(max(fraction / limit, 1.01)))
             return "; ".join(change for change in changes if change is not None) or None
         self._calm = self._calm + 1 if fraction < 0.4 * limit else 0
         if self._calm < CALM_REVIEWS:

@@ -104,3 +104,13 @@ def test_paying_is_no_cost_of_the_vitals_of_the_steps_in_which_it_is_done(clock:
     # Above 4 %, but vitals take less than half of it.
     assert budget.widening > 1
     assert budget.vitals_widening == 1
+
+
+def test_vitals_give_way_where_nothing_else_can_any_more(clock: Clock) -> None:
+    budget = Budget(0.04, None)
+    budget.resume(None, 1024, 1)
+    for _ in range(60):
+        clock.now += 0.3
+        budget.spend(0.3 * 0.045)
+        budget.end_step(0.0, 64, others=True)
+    assert budget.vitals_widening > 1
