@@ -4,7 +4,7 @@ from typing import Final
 
 from torch import Tensor
 
-from entropylens.diagnostics._spectra import power_iteration, start_vector
+from entropylens.diagnostics._power_iteration import power_iteration, start_vector
 from entropylens.registry import Block, Diagnostic, MatricesReading, Metric, diagnostic
 
 __all__ = ["SpectralNorm"]

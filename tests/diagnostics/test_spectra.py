@@ -7,6 +7,7 @@ import torch
 from scipy.integrate import quad
 
 from entropylens.diagnostics import _spectra
+from entropylens.diagnostics._power_iteration import power_iteration, start_vector
 from entropylens.diagnostics._spectra import (
     Summary,
     effective_shape,
@@ -16,10 +17,8 @@ from entropylens.diagnostics._spectra import (
     null_kappa,
     null_log_kappa,
     permuted,
-    power_iteration,
     rounding_floor,
     singular_values,
-    start_vector,
     summarise,
 )
 
